@@ -1,0 +1,188 @@
+"""One frozen target pass over samples: statistics of every token, hidden states of what is kept, in a store.
+
+Texts are read in batches that are planned over all samples before the pass starts (by length, so that little is padding), a shard a
+batch: an interrupted pass goes on with the next shard, and neither a kill nor the number of ranks changes what is stored.
+
+A position's row holds what the target knows *there*: its hidden states, and the statistics of its distribution over the next token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from draftsmith.data.samples import Sample
+from draftsmith.foundation import artefacts, console
+from draftsmith.foundation.options import Options
+from draftsmith.numerics.distributions import COLUMNS as STATISTICS
+from draftsmith.numerics.distributions import statistics
+from draftsmith.target.model import HFTarget
+from draftsmith.target.protocol import FeatureSpec, Layer
+
+KIND = "features"
+
+
+class PassOptions(Options):
+    """How texts are read."""
+
+    batch_positions: int = Field(default=4096, ge=1, description="positions of a batch at most, padding included")
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """A sample of the store.
+
+    Attributes:
+        ids: `[T]` int64; mask: `[T]` bool, answer tokens.
+        hidden: states by layer, `[T, H]` each (empty if only statistics were stored).
+        statistics: by name, `[T]` (the last position's `nll` is of no token and 0).
+    """
+
+    id: str
+    ids: Tensor
+    mask: Tensor
+    complete: bool
+    hidden: Mapping[Layer, Tensor]
+    statistics: Mapping[str, Tensor]
+
+    @property
+    def answer_rows(self) -> Tensor:
+        """`[T]` bool: positions whose next token is an answer token; what scores are averaged over."""
+        following = torch.zeros_like(self.mask)
+        following[:-1] = self.mask[1:]
+        return following
+
+
+def plan(lengths: Sequence[int], batch_positions: int) -> list[list[int]]:
+    """Batches of sample indices, longest first, each at most `batch_positions` with padding (at least one sample)."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    for i in order:
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= batch_positions:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def estimated_bytes(positions: int, want: FeatureSpec, hidden_size: int, item_bytes: int = 2) -> int:
+    """Disk that a store of so many positions takes."""
+    return positions * (len(want.names) * hidden_size * item_bytes + 4 * len(STATISTICS) + 9)
+
+
+def store(
+    target: HFTarget, samples: Sequence[Sample], want: FeatureSpec, options: PassOptions, out: Path, meta: Mapping[str, object]
+) -> Path:
+    """Read all samples and store statistics and the wanted hidden states as the artefact `out` (kind "features").
+
+    `want` may be empty: statistics only, about 30 bytes a token.
+    """
+    identity = {
+        **meta,
+        "target": target.spec.fingerprint,
+        "vocab_size": target.spec.vocab_size,
+        "hidden_size": target.spec.hidden_size,
+        "layers": [str(name) for name in want.names],
+        "dtype": target.spec.dtype,
+        "pass": options.model_dump(mode="json"),
+        "samples": len(samples),
+        "positions": sum(len(s.ids) for s in samples),
+    }
+    batches = plan([len(s.ids) for s in samples], options.batch_positions)
+    with artefacts.writing(out, KIND, identity, resume=True) as scratch:
+        plan_file = scratch / "plan.json"
+        if plan_file.is_file() and artefacts.read_json(plan_file) != identity:
+            for path in scratch.glob("shard-*"):
+                path.unlink()
+        artefacts.write_json(plan_file, identity)
+        with console.progress("reading with the target", int(str(identity["positions"])), "positions") as bar:
+            for number, batch in enumerate(batches):
+                path = scratch / f"shard-{number:05d}.safetensors"
+                if not path.is_file():
+                    artefacts.save_tensors(path, _read(target, [samples[i] for i in batch], want))
+                bar.advance(sum(len(samples[i].ids) for i in batch))
+        index = []
+        for number, batch in enumerate(batches):
+            start = 0
+            for i in batch:
+                sample = samples[i]
+                row = {"id": sample.id, "shard": number, "start": start, "length": len(sample.ids), "complete": sample.complete}
+                index.append((i, row))
+                start += len(sample.ids)
+        artefacts.write_jsonl(scratch / "index.jsonl", (row for _, row in sorted(index, key=lambda item: item[0])))
+        plan_file.unlink()
+    return out
+
+
+def _read(target: HFTarget, samples: Sequence[Sample], want: FeatureSpec) -> dict[str, Tensor]:
+    lengths = [len(s.ids) for s in samples]
+    ids = torch.zeros((len(samples), max(lengths)), dtype=torch.int64)
+    for b, sample in enumerate(samples):
+        ids[b, : lengths[b]] = torch.tensor(sample.ids)
+    hidden = target.read(ids, lengths, want)
+    valid = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
+    following = torch.nn.functional.pad(ids[:, 1:], (0, 1))
+    flat = valid.to(hidden["final"].device)
+    found = statistics(hidden["final"][flat], target.project, following[valid].to(flat.device))
+    tensors = {name: column.cpu() for name, column in found.tensors().items()}
+    last = torch.cumsum(torch.tensor(lengths), 0) - 1
+    tensors["nll"][last] = 0.0
+    tensors["ids"] = ids[valid].to(torch.int32)
+    tensors["mask"] = torch.tensor([m for s in samples for m in s.mask], dtype=torch.bool)
+    for name in want.names:
+        tensors[f"hidden.{name}"] = hidden[name][flat].cpu()
+    return tensors
+
+
+class FeatureStore:
+    """Random access to a store's samples; shards are memory-mapped and read on demand."""
+
+    def __init__(self, folder: Path, expect: Mapping[str, object] | None = None, checksums: bool = True) -> None:
+        self.folder = folder
+        self.meta = artefacts.opened(folder, KIND, expect, checksums=checksums)
+        self._index = list(artefacts.read_jsonl(folder / "index.jsonl"))
+        self._place = {str(row["id"]): i for i, row in enumerate(self._index)}
+        self._shards: dict[int, dict[str, Tensor]] = {}
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @property
+    def ids(self) -> list[str]:
+        """Sample ids in the order in which they were given."""
+        return [str(row["id"]) for row in self._index]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [int(row["length"]) for row in self._index]
+
+    def __getitem__(self, item: int | str) -> StoredSample:
+        row = self._index[self._place[item] if isinstance(item, str) else item]
+        shard = self._shard(int(row["shard"]))
+        span = slice(int(row["start"]), int(row["start"]) + int(row["length"]))
+        hidden: dict[Layer, Tensor] = {}
+        for name, tensor in shard.items():
+            if name.startswith("hidden."):
+                layer = name.removeprefix("hidden.")
+                hidden["final" if layer == "final" else int(layer)] = tensor[span]
+        return StoredSample(
+            id=str(row["id"]),
+            ids=shard["ids"][span].long(),
+            mask=shard["mask"][span],
+            complete=bool(row["complete"]),
+            hidden=hidden,
+            statistics={name: shard[name][span] for name in STATISTICS},
+        )
+
+    def __iter__(self) -> Iterator[StoredSample]:
+        return (self[i] for i in range(len(self)))
+
+    def _shard(self, number: int) -> dict[str, Tensor]:
+        if number not in self._shards:
+            self._shards[number] = artefacts.load_tensors(self.folder / f"shard-{number:05d}.safetensors")
+        return self._shards[number]

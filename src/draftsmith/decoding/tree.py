@@ -1,0 +1,134 @@
+"""Draft trees: what a round proposes, as flat tensors with a batch axis.
+
+Nodes are in topological order (a parent stands before its children); the root, the last committed token, is no node.
+Rows with fewer nodes than the widest are padded behind (`counts`). Everything works on whole tensors; the loops below
+run over depth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from draftsmith.target.protocol import Rows
+
+
+@dataclass(frozen=True)
+class DraftTree:
+    """Nodes `[B, N]` of a batch of draft trees.
+
+    Attributes:
+        tokens: `[B, N]` int64, target ids.
+        parents: `[B, N]` int64, index of the parent node, −1 for the root's children.
+        depths: `[B, N]` int64, 1 for the root's children.
+        log_q: `[B, N]` float, log probability of the path from the root to the node, as its drafter sees it.
+        owner: `[B, N]` int64, which drafter proposed the node.
+        counts: `[B]` int64, nodes that are real in each row; the rest is padding.
+    """
+
+    tokens: Tensor
+    parents: Tensor
+    depths: Tensor
+    log_q: Tensor
+    owner: Tensor
+    counts: Tensor
+
+    @property
+    def batch(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def size(self) -> int:
+        """Nodes of the widest row."""
+        return self.tokens.shape[1]
+
+    @property
+    def real(self) -> Tensor:
+        """`[B, N]` bool: which nodes are no padding."""
+        return torch.arange(self.size, device=self.tokens.device) < self.counts[:, None]
+
+    def ancestors(self) -> Tensor:
+        """`[B, N, N]` bool: `[b, i, j]` if node j is node i or stands above it."""
+        batch, size = self.tokens.shape
+        device = self.tokens.device
+        above = torch.eye(size, dtype=torch.bool, device=device).expand(batch, -1, -1).clone()
+        pointer = self.parents
+        for _ in range(int(self.depths.max()) if size else 0):
+            hit = pointer >= 0
+            above.scatter_(
+                2,
+                pointer.clamp(min=0)[:, :, None],
+                (hit | above.gather(2, pointer.clamp(min=0)[:, :, None])[:, :, 0])[:, :, None],
+            )
+            pointer = torch.where(hit, self.parents.gather(1, pointer.clamp(min=0)), pointer)
+        return above
+
+    def rows(self, roots: Tensor) -> Rows:
+        """The verification rows of these trees under roots `[B]`; padding rows see only the root and themselves."""
+        batch, size = self.tokens.shape
+        device = self.tokens.device
+        visible = torch.zeros((batch, 1 + size, 1 + size), dtype=torch.bool, device=device)
+        visible[:, :, 0] = True
+        visible[:, 1:, 1:] = self.ancestors()
+        return Rows(
+            torch.cat([roots[:, None].to(device), self.tokens], dim=1),
+            torch.cat([torch.zeros((batch, 1), dtype=torch.int64, device=device), self.depths], dim=1),
+            visible,
+        )
+
+
+def empty(batch: int, device: torch.device) -> DraftTree:
+    """Trees without nodes: verifying them is plain decoding."""
+    none = torch.zeros((batch, 0), dtype=torch.int64, device=device)
+    return DraftTree(none, none, none, none.float(), none, torch.zeros(batch, dtype=torch.int64, device=device))
+
+
+def pruned(tree: DraftTree, budget: int, room: Tensor | None = None) -> DraftTree:
+    """Keep the `budget` nodes of largest path probability, and with each node its ancestors.
+
+    A path's probability never exceeds its parent's, so the largest `budget` nodes are connected; ties go to the node
+    that comes first, which is never deeper than a later one of the same path.
+
+    Args:
+        budget: nodes to keep at most.
+        room: `[B]` int64, the largest depth that still fits in each row (tokens left to write, positions left); deeper
+            nodes go.
+    """
+    value = tree.log_q.masked_fill(~tree.real, -torch.inf)  # nodes of probability 0 are padding too
+    if room is not None:
+        value = value.masked_fill(tree.depths > room.to(value.device)[:, None], -torch.inf)
+    kept = min(budget, tree.size)
+    order = value.sort(dim=1, descending=True, stable=True)
+    chosen = order.indices[:, :kept]
+    counts = (order.values[:, :kept] > -torch.inf).sum(dim=1)
+    # Back to the order of creation, which is topological; what does not count goes behind.
+    rank = torch.where(order.values[:, :kept] > -torch.inf, chosen, chosen + tree.size)
+    chosen = rank.sort(dim=1).values % max(tree.size, 1)
+    width = int(counts.max()) if kept else 0
+    return take(tree, chosen[:, :width], counts)
+
+
+def take(tree: DraftTree, chosen: Tensor, counts: Tensor) -> DraftTree:
+    """The trees of nodes `chosen [B, M]` (ascending, ancestors included), `counts[b]` of them real."""
+    batch = tree.batch
+    device = tree.tokens.device
+    place = torch.full((batch, tree.size + 1), -1, dtype=torch.int64, device=device)
+    real = torch.arange(chosen.shape[1], device=device) < counts[:, None]
+    slots = torch.where(real, chosen, tree.size)
+    place.scatter_(1, slots, torch.arange(chosen.shape[1], device=device).expand(batch, -1))
+    parents = tree.parents.gather(1, chosen)
+    parents = torch.where(parents >= 0, place.gather(1, parents.clamp(min=0)), parents)
+
+    def pad(values: Tensor, fill: float) -> Tensor:
+        return values.gather(1, chosen).masked_fill(~real, fill)
+
+    return DraftTree(
+        pad(tree.tokens, 0),
+        parents.masked_fill(~real, -1),
+        pad(tree.depths, 1),
+        pad(tree.log_q, -torch.inf),
+        pad(tree.owner, 0),
+        counts,
+    )

@@ -1,0 +1,290 @@
+"""What all EAGLE-like heads share: the options that shape them, one decoder layer over embedding ‖ hidden state, its
+key/value cache with provisional rows, and decoding (`observe`, `expand`) in terms of that layer.
+
+A head's row p reads the target's state at position p and the embedding of token p+1, and predicts token p+2. In
+decoding the engine hands over pairs (token, the state that produced it), so a row is simply such a pair; its rotary
+position is its index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from draftsmith.drafters.base import Frontier, Proposal
+from draftsmith.foundation.options import Options
+from draftsmith.target.vocabulary import VocabMap
+
+
+class HeadOptions(Options):
+    """Shape of a head; names follow transformers' configuration."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    max_position_embeddings: int
+    vocab_size: int
+    draft_vocab_size: int
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    initializer_range: float = Field(default=0.02, gt=0)
+
+
+def rotary_parameters(config: Any) -> tuple[float, dict[str, Any] | None]:
+    """(theta, scaling) of a target's configuration; scaling is None for plain rotary embeddings."""
+    parameters = dict(getattr(config, "rope_parameters", None) or {})
+    if parameters and all(isinstance(v, dict) for v in parameters.values()):
+        # One set per layer type (Gemma): a head attends to everything, like the full-attention layers.
+        parameters = dict(parameters.get("full_attention") or next(iter(parameters.values())))
+    theta = float(parameters.pop("rope_theta", None) or getattr(config, "rope_theta", None) or 10000.0)
+    return theta, parameters if parameters.get("rope_type", "default") != "default" else None
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight, in float32."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, o: HeadOptions, inputs: int) -> None:
+        super().__init__()
+        self.q_proj = nn.Linear(inputs, o.num_attention_heads * o.head_dim, bias=o.attention_bias)
+        self.k_proj = nn.Linear(inputs, o.num_key_value_heads * o.head_dim, bias=o.attention_bias)
+        self.v_proj = nn.Linear(inputs, o.num_key_value_heads * o.head_dim, bias=o.attention_bias)
+        self.o_proj = nn.Linear(o.num_attention_heads * o.head_dim, o.hidden_size, bias=o.attention_bias)
+        self.head_dim = o.head_dim
+
+    def heads(self, x: Tensor) -> Tensor:
+        """`[B, T, heads·d]` → `[B, heads, T, d]`."""
+        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "relu": F.relu,
+}
+
+
+class MLP(nn.Module):
+    def __init__(self, o: HeadOptions) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(o.hidden_size, o.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(o.hidden_size, o.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(o.intermediate_size, o.hidden_size, bias=False)
+        self.act = _ACTIVATIONS[o.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        return out
+
+
+class Rotary:
+    """Rotary tables `[positions, head_dim]`, float32, made once and lengthened when a longer context comes."""
+
+    def __init__(self, o: HeadOptions) -> None:
+        from transformers import LlamaConfig
+        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+        scaling = o.rope_scaling or {"rope_type": "default"}
+        config = LlamaConfig(
+            hidden_size=o.hidden_size,
+            num_attention_heads=o.num_attention_heads,
+            head_dim=o.head_dim,
+            max_position_embeddings=o.max_position_embeddings,
+            rope_parameters={**scaling, "rope_theta": o.rope_theta},
+        )
+        self._make = LlamaRotaryEmbedding(config)
+        self._cos = self._sin = torch.zeros(0, o.head_dim)
+
+    def reach(self, positions: int, device: torch.device) -> None:
+        if self._cos.shape[0] < positions or self._cos.device != device:
+            size = max(positions, 2 * self._cos.shape[0], 512)
+            index = torch.arange(size, device=device)[None]
+            cos, sin = self._make.to(device)(torch.zeros(1, dtype=torch.float32, device=device), index)
+            self._cos, self._sin = cos[0], sin[0]
+
+    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotate `x [B, heads, T, d]` to `positions [B, T]`."""
+        cos = self._cos[positions][:, None].to(x.dtype)
+        sin = self._sin[positions][:, None].to(x.dtype)
+        half = x.shape[-1] // 2
+        return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
+
+
+@dataclass
+class HeadState:
+    """A batch's draft cache: committed rows, then the provisional rows of this round's nodes.
+
+    `hidden [B, P, H]` and `ancestors [B, P, P]` belong to the provisional rows, `root [B, H]` to the last committed.
+    """
+
+    keys: Tensor
+    values: Tensor
+    lengths: list[int]
+    root: Tensor
+    hidden: Tensor
+    ancestors: Tensor
+
+    @property
+    def started(self) -> bool:
+        return max(self.lengths) > 0
+
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Head(nn.Module):
+    """Decoding of a head with one decoder layer; subclasses say what the layer reads and what is passed on."""
+
+    def __init__(self, o: HeadOptions, vocab: VocabMap, embedding: Tensor) -> None:
+        super().__init__()
+        self.options = o
+        self._vocab = vocab
+        # The target's, shared and frozen: kept out of the module's parameters and of its checkpoints.
+        self._embedding = (embedding,)
+        self.rotary = Rotary(o)
+
+    @property
+    def vocab(self) -> VocabMap:
+        return self._vocab
+
+    @property
+    def embedding(self) -> Tensor:
+        return self._embedding[0]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """The target's embedding of token ids, in the head's number format."""
+        return F.embedding(tokens.to(self.embedding.device), self.embedding).to(self.device, self.dtype)
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """The target's features `[B, T, F]` → the state the layer reads `[B, T, H]`."""
+        raise NotImplementedError
+
+    def layer(self, embeds: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """One decoder layer over rows (embedding, state) → states `[B, T, H]`."""
+        raise NotImplementedError
+
+    def passed_on(self, states: Tensor) -> Tensor:
+        """What the next step reads as its state."""
+        return states
+
+    def log_q(self, states: Tensor) -> Tensor:
+        """Log probabilities over the draft vocabulary, float32 `[B, T, Vd]`."""
+        raise NotImplementedError
+
+    def start(self, batch: int, capacity: int) -> HeadState:
+        o = self.options
+        shape = (batch, o.num_key_value_heads, capacity, o.head_dim)
+        zeros = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        state = torch.zeros((batch, o.hidden_size), dtype=self.dtype, device=self.device)
+        nothing = torch.zeros((batch, 0, 0), dtype=torch.bool, device=self.device)
+        return HeadState(zeros, zeros.clone(), [0] * batch, state, state[:, None][:, :0], nothing)
+
+    @torch.inference_mode()
+    def observe(self, state: HeadState, tokens: Tensor, features: Tensor | None, lengths: Sequence[int]) -> Proposal:
+        assert features is not None
+        if not state.started:
+            # A sequence's first token has no state before it.
+            tokens, features, lengths = tokens[:, 1:], features[:, 1:], [n - 1 for n in lengths]
+        tokens, features = tokens.to(self.device), features.to(self.device, self.dtype)
+        batch, width = tokens.shape
+        before = torch.tensor(state.lengths, device=self.device)
+        rows = torch.arange(width, device=self.device)
+        visible = (rows[:, None] >= rows[None, :]).expand(batch, width, width)
+        positions = before[:, None] + rows
+        out = self.layer(self.embed(tokens), self.fuse(features), positions, self._attend(state, 0, positions, visible))
+        last = torch.tensor([max(n - 1, 0) for n in lengths], device=self.device)
+        fresh = out.gather(1, last[:, None, None].expand(-1, 1, out.shape[2]))[:, 0]
+        grew = torch.tensor([n > 0 for n in lengths], device=self.device)
+        state.root = torch.where(grew[:, None], fresh, state.root)
+        state.lengths = [a + n for a, n in zip(state.lengths, lengths, strict=True)]
+        state.hidden = out[:, :0]
+        state.ancestors = torch.zeros((batch, 0, 0), dtype=torch.bool, device=self.device)
+        return Proposal(self.log_q(state.root[:, None]))
+
+    @torch.inference_mode()
+    def expand(self, state: HeadState, frontier: Frontier) -> Proposal:
+        batch, width = frontier.tokens.shape
+        old = state.hidden.shape[1]
+        parents = frontier.parents
+        everyone = torch.cat([state.root[:, None], state.hidden], dim=1)
+        hidden = everyone.gather(1, (parents + 1)[:, :, None].expand(-1, -1, everyone.shape[2]))
+        ancestors = torch.zeros((batch, old + width, old + width), dtype=torch.bool, device=self.device)
+        ancestors[:, :old, :old] = state.ancestors
+        if old:
+            inherited = state.ancestors.gather(1, parents.clamp(min=0)[:, :, None].expand(-1, -1, old))
+            ancestors[:, old:, :old] = inherited & (parents >= 0)[:, :, None]
+        ancestors[:, old:, old:] = torch.eye(width, dtype=torch.bool, device=self.device)
+        state.ancestors = ancestors
+        before = torch.tensor(state.lengths, device=self.device)
+        positions = (before + frontier.depth - 1)[:, None].expand(-1, width)
+        attend = self._attend(state, old, positions, ancestors[:, old:])
+        out = self.layer(self.embed(frontier.tokens), self.passed_on(hidden), positions, attend)
+        state.hidden = torch.cat([state.hidden, out], dim=1)
+        return Proposal(self.log_q(out))
+
+    def _attend(self, state: HeadState, offset: int, positions: Tensor, visible: Tensor) -> Attend:
+        """Attention of a pass over all committed rows and the `visible [B, W, offset + W]` ones of this round."""
+        lengths = state.lengths
+        width = visible.shape[1]
+        span = max(lengths) + offset + width
+        if span > state.keys.shape[2]:
+            extra = max(span, 2 * state.keys.shape[2]) - state.keys.shape[2]
+            state.keys = F.pad(state.keys, (0, 0, 0, extra))
+            state.values = F.pad(state.values, (0, 0, 0, extra))
+        self.rotary.reach(span + 1, self.device)
+        even = len(set(lengths)) == 1
+        start = torch.tensor(lengths, device=self.device)
+        own = start[:, None] + torch.arange(offset + width, device=self.device)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if even:
+                at = lengths[0] + offset
+                state.keys[:, :, at : at + width] = k
+                state.values[:, :, at : at + width] = v
+            else:
+                sequence = torch.arange(len(lengths), device=self.device)[:, None]
+                state.keys[sequence, :, own[:, offset:]] = k.transpose(1, 2)
+                state.values[sequence, :, own[:, offset:]] = v.transpose(1, 2)
+            slots = torch.arange(span, device=self.device)
+            mask = (slots < start[:, None])[:, None, :].expand(-1, width, -1).contiguous()
+            mask.scatter_(2, own[:, None, :].expand(-1, width, -1), visible)
+            return F.scaled_dot_product_attention(
+                q, state.keys[:, :, :span], state.values[:, :, :span], attn_mask=mask[:, None], enable_gqa=True
+            )
+
+        return attend

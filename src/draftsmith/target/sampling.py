@@ -1,0 +1,200 @@
+"""From logits to the next token: transformers' processors in transformers' order, then one keyed draw.
+
+The draw is the Gumbel-max form of sampling: argmax over v of log p(v) + g(v), where the noise g depends only on
+(seed, request, position). Plain decoding and speculative decoding therefore write the *same text* at the same seed,
+token for token, at any temperature; that is how losslessness is tested, and how users get reproducible samples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from draftsmith.foundation import seeding
+from draftsmith.foundation.options import Options
+from draftsmith.target.protocol import FeatureSpec, Rows, Target
+
+
+class Sampling(Options):
+    """How the target's distribution is processed before a token is drawn; names and order are transformers'."""
+
+    temperature: float = Field(default=0.0, ge=0.0, description="0 takes the most likely token")
+    top_k: int = Field(default=0, ge=0, description="keep the k most likely tokens; 0 keeps all")
+    top_p: float = Field(
+        default=1.0, gt=0.0, le=1.0, description="keep the smallest set of tokens with this probability"
+    )
+    min_p: float = Field(
+        default=0.0, ge=0.0, le=1.0, description="drop tokens below this fraction of the likeliest one's probability"
+    )
+    repetition_penalty: float = Field(default=1.0, gt=0.0, description="divide the logits of tokens already seen")
+    no_repeat_ngram_size: int = Field(default=0, ge=0, description="never write an n-gram twice; 0 allows it")
+    suppress_tokens: tuple[int, ...] = Field(default=(), description="token ids that are never written")
+    seed: int = Field(default=0, description="the same seed gives the same text")
+
+    @property
+    def path_dependent(self) -> bool:
+        """Whether a row's processing depends on the tokens before it."""
+        return self.repetition_penalty != 1.0 or self.no_repeat_ngram_size > 0
+
+
+Processor = Callable[[Tensor, Tensor], Tensor]
+
+
+def processors(sampling: Sampling) -> tuple[list[Processor], list[Processor]]:
+    """transformers' processors that read a row's ids, and its warpers that don't, each in `generate`'s order."""
+    from transformers import (
+        MinPLogitsWarper,
+        NoRepeatNGramLogitsProcessor,
+        RepetitionPenaltyLogitsProcessor,
+        SuppressTokensLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    first: list[Any] = []
+    if sampling.repetition_penalty != 1.0:
+        first.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.no_repeat_ngram_size:
+        first.append(NoRepeatNGramLogitsProcessor(sampling.no_repeat_ngram_size))
+    if sampling.suppress_tokens:
+        first.append(SuppressTokensLogitsProcessor(list(sampling.suppress_tokens)))
+    if sampling.temperature == 0.0:
+        return first, []
+    warpers: list[Any] = []
+    if sampling.temperature != 1.0:
+        warpers.append(TemperatureLogitsWarper(sampling.temperature))
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1.0:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    return first, warpers
+
+
+def processed(logits: Tensor, contexts: Sequence[Sequence[int]] | None, sampling: Sampling) -> Tensor:
+    """Scores `[R, V]` float32 that `generate` would draw from: log p up to a constant, −inf where filtered.
+
+    Args:
+        logits: `[R, V]`, any float format; float64 stays float64.
+        contexts: for each row all ids before the token to draw (its own ancestors included); needed only where
+            `sampling.path_dependent`.
+    """
+    scores = logits if logits.dtype == torch.float64 else logits.float()
+    first, warpers = processors(sampling)
+    if first:
+        assert contexts is not None or not sampling.path_dependent
+        # A row at a time: its ancestors are its own, and rows differ in length. These options are rare and the row is
+        # what transformers' code is written for.
+        rows = []
+        for r in range(scores.shape[0]):
+            context = list(contexts[r]) if contexts is not None else []
+            ids = torch.tensor([context], dtype=torch.int64, device=scores.device)
+            row = scores[r : r + 1]
+            for process in first:
+                row = process(ids, row)
+            rows.append(row)
+        scores = torch.cat(rows)
+    unused = torch.empty((scores.shape[0], 0), dtype=torch.int64, device=scores.device)
+    for warp in warpers:
+        scores = warp(unused, scores)
+    return scores
+
+
+def draw(scores: Tensor, keys: Tensor | None, sampling: Sampling) -> Tensor:
+    """Token `[R]` int64 for each row of scores `[R, V]`: argmax at temperature 0, else Gumbel-max with `keys[r]`."""
+    if sampling.temperature == 0.0:
+        return scores.argmax(dim=-1)
+    assert keys is not None
+    # Rows of one position share a key: draw its noise once.
+    distinct, inverse = torch.unique(keys, return_inverse=True)
+    noise = -torch.log(-torch.log(seeding.uniform(distinct, scores.shape[-1])))
+    return (scores.double() + noise[inverse]).argmax(dim=-1)
+
+
+def next_tokens(
+    logits: Tensor,
+    sampling: Sampling,
+    requests: Sequence[int | str],
+    positions: Tensor,
+    contexts: Sequence[Sequence[int]] | None = None,
+) -> Tensor:
+    """The target's token after each row.
+
+    Args:
+        logits: `[B, R, V]`.
+        requests: what names each sequence of the batch; part of the key.
+        positions: `[B, R]` int64, the position at which the token would stand.
+        contexts: for each of the B·R rows the ids before that position; only where `sampling.path_dependent`.
+
+    Returns:
+        `[B, R]` int64.
+    """
+    batch, rows, vocab = logits.shape
+    keys = None
+    if sampling.temperature > 0.0:
+        keys = seeding.position_keys(sampling.seed, requests, positions, "token").reshape(-1).to(logits.device)
+    scores = processed(logits.reshape(batch * rows, vocab), contexts, sampling)
+    return draw(scores, keys, sampling).reshape(batch, rows)
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished row: its index, what was written (the end token included), and whether it ended by itself."""
+
+    row: int
+    token_ids: list[int]
+    complete: bool
+
+
+@torch.inference_mode()
+def write(
+    target: Target,
+    prompts: Sequence[Sequence[int]],
+    requests: Sequence[int | str],
+    sampling: Sampling,
+    max_new_tokens: int,
+) -> Iterator[Written | int]:
+    """Plain batched decoding; rows that have finished leave the batch.
+
+    Yields a `Written` for each row when it finishes, and after each pass the number of tokens just written.
+    """
+    spec = target.spec
+    lengths = [len(p) for p in prompts]
+    room = [min(max_new_tokens, spec.max_positions - n) for n in lengths]
+    ids = torch.zeros((len(prompts), max(lengths)), dtype=torch.int64)
+    for b, prompt in enumerate(prompts):
+        ids[b, : lengths[b]] = torch.tensor(prompt)
+    out = target.prefill(ids, lengths, FeatureSpec(), max(lengths) + max_new_tokens + 1)
+    assert out.logits is not None
+    logits = out.logits[:, None]
+    alive = list(range(len(prompts)))
+    texts: list[list[int]] = [[] for _ in prompts]
+    while alive:
+        positions = torch.tensor([[lengths[b] + len(texts[b])] for b in alive])
+        contexts = [[*prompts[b], *texts[b]] for b in alive] if sampling.path_dependent else None
+        tokens = next_tokens(logits, sampling, [requests[b] for b in alive], positions, contexts)[:, 0].cpu()
+        stay = []
+        for i, (b, token) in enumerate(zip(alive, tokens.tolist(), strict=True)):
+            texts[b].append(token)
+            if token in spec.eos_ids or len(texts[b]) >= room[b]:
+                yield Written(b, texts[b], token in spec.eos_ids)
+            else:
+                stay.append(i)
+        yield len(alive)
+        if len(stay) < len(alive):
+            alive = [alive[i] for i in stay]
+            if alive:
+                target.select(stay)
+                tokens = tokens[stay]
+        if alive:
+            verified = target.verify(Rows.roots(tokens), FeatureSpec())
+            assert verified.logits is not None
+            logits = verified.logits
+            target.commit(torch.zeros((len(alive), 1), dtype=torch.int64), [1] * len(alive))
