@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,6 +19,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+RunFolder = Annotated[Path, typer.Option("--run", help="The run's folder.")]
+RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe file, or the name of one that draftsmith brings.")]
+Target = Annotated[str | None, typer.Option(help="Short for target.name=…: folder, hub id, GGUF file or smollm2.")]
+Data = Annotated[str | None, typer.Option(help="Short for data.path=…: jsonl, parquet, a folder of them, or a hub data set.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Options of the recipe, dotted: train.seconds=60 select.ratio=0.7")]
+Redo = Annotated[bool, typer.Option("--redo", help="Make it again although it is there.")]
+Plan = Annotated[bool, typer.Option("--plan", help="Say what would run, how long, how much memory and disk; run nothing.")]
+
+RUN = Path("runs/quickstart")
 
 
 def _version(wanted: bool) -> None:
@@ -35,6 +46,99 @@ def _root(
     pass
 
 
+@app.command()
+def quickstart(
+    overrides: Overrides = None,
+    run: RunFolder = RUN,
+    recipe: RecipeName = "quickstart",
+    target: Target = None,
+    data: Data = None,
+    plan: Plan = False,
+    redo: Annotated[list[str] | None, typer.Option("--redo", help="A stage to make again (may be given several times).")] = None,
+) -> None:
+    """The whole path: prompts, answers, selection, a trained drafter, measured, exported. Interrupted, it goes on."""
+    from draftsmith.commands import stage
+
+    stage.whole(run, recipe, stage.assignments(overrides, target, data), plan=plan, redo=redo or [])
+
+
+def _register(name: str, text: str) -> None:
+    def command(
+        overrides: Overrides = None,
+        run: RunFolder = RUN,
+        recipe: RecipeName = "quickstart",
+        target: Target = None,
+        data: Data = None,
+        redo: Redo = False,
+        plan: Plan = False,
+    ) -> None:
+        from draftsmith.commands import stage
+
+        stage.one(name, run, recipe, stage.assignments(overrides, target, data), plan=plan, redo=redo)
+
+    app.command(name, help=text)(command)
+
+
+_register("prompts", "Make or read prompts and part them into train, dev and test.")
+_register("regenerate", "Let the target answer the prompts in its own words.")
+_register("score", "Statistics of every answer token, in one frozen pass of the target.")
+_register("select", "Choose the samples that are worth training on.")
+_register("features", "Store the target's hidden states of what was kept.")
+_register("train", "Train a drafter; the checkpoint that decodes best on dev is kept.")
+_register("tune", "Choose the draft tree on dev, from costs measured on this machine.")
+_register("bench", "Plain against speculative decoding on test prompts, in the same engine.")
+
+
+@app.command()
+def report(run: RunFolder = RUN, recipe: RecipeName = "quickstart", overrides: Overrides = None) -> None:
+    """Write the run's report.html and summary.json anew."""
+    from draftsmith.commands import stage
+
+    stage.report(run, recipe, overrides or [])
+
+
+@app.command()
+def export(
+    overrides: Overrides = None,
+    run: RunFolder = RUN,
+    recipe: RecipeName = "quickstart",
+    to: Annotated[list[str] | None, typer.Option(help="vllm, sglang, speculators or gguf (may be given several times).")] = None,
+) -> None:
+    """Write the run's drafter as folders that servers load, with the commands that serve them."""
+    from draftsmith.commands import stage
+
+    stage.export(run, recipe, overrides or [], to or ["vllm"])
+
+
+@app.command()
+def chat(
+    run: RunFolder = RUN,
+    target: Annotated[str | None, typer.Option(help="The target; default: the run's.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Answer this and end.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 0.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    plain: Annotated[bool, typer.Option("--plain", help="Without the drafter.")] = False,
+) -> None:
+    """Talk to the target with the run's drafter; tokens are coloured by who wrote them."""
+    from draftsmith.commands.chat import chat as talk
+
+    talk(run, target, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens, plain=plain, prompt=prompt)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A data file, or an artefact's folder.")],
+    row: Annotated[int, typer.Option(min=0, help="Which conversation or sample.")] = 0,
+    flatness: Annotated[bool, typer.Option("--flatness", help="Colour tokens by the target's flatness (feature stores).")] = False,
+    target: Annotated[str, typer.Option(help="Whose tokenizer and chat template.")] = "smollm2",
+) -> None:
+    """Look at a conversation as the trainer sees it, or at what an artefact holds."""
+    from draftsmith.commands.inspect import inspect as look
+
+    look(path, row=row, flatness=flatness, target=target)
+
+
 def main() -> None:
     """Run the command line; a UserError is printed without a traceback, with exit code 2."""
     try:
@@ -42,3 +146,10 @@ def main() -> None:
     except UserError as problem:
         console.error(str(problem))
         sys.exit(2)
+    except OSError as problem:
+        # A disk or a permission is the user's to mend; anything else is ours and keeps its traceback.
+        console.error(f"{problem.strerror or problem}: {problem.filename or ''}".rstrip(": "))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.say("\ninterrupted; the same command goes on from here")
+        sys.exit(130)

@@ -17,7 +17,7 @@ from draftsmith.foundation import seeding
 from draftsmith.target.protocol import FeatureSpec, Rows
 from draftsmith.target.sampling import Sampling
 from draftsmith.target.vocabulary import VocabMap
-from tests.tiny import END, OracleDrafter, OracleState, prompts, tiny_target
+from tests.tiny import END, VOCAB, OracleDrafter, OracleState, prompts, tiny_target
 
 NEW = 24
 GROWTHS: dict[str, ChainGrowth | DynamicGrowth] = {
@@ -153,6 +153,49 @@ def features_are_of_the_position_before(growth: Growth, tolerance: float = 1e-4)
             _close(state, expected, tolerance, f"features of token {place} in sequence {b}")
 
 
+def an_end_cuts_the_path(ends: Sequence[int]) -> tuple[set[int], set[int]]:
+    """Decode with several end ids and an oracle that goes on after each: the text ends at the first one.
+
+    Returns the depths at which an end stood inside an accepted path, and the end ids that were met.
+    """
+    target = tiny_target("llama")
+    assert target.spec.eos_ids == tuple(ends)
+    inside: set[int] = set()
+    met: set[int] = set()
+    for seed in range(8):
+        asked = prompts(4, seed=100 + seed)
+        sampling = Sampling(temperature=1.3, seed=seed)
+        plain = Engine(target).generate(asked, sampling, NEW)
+        texts = [[*p, *g.token_ids, 9, 9, 9, 9] for p, g in zip(asked, plain, strict=True)]
+        engine = Engine(target, Single(OracleDrafter(texts, 0.9), GROWTHS["tree-15"]))
+        for expected, found in zip(plain, engine.generate(asked, sampling, NEW), strict=True):
+            assert found.token_ids == expected.token_ids
+            assert found.finish == expected.finish
+            stops = [i for i, token in enumerate(found.token_ids) if token in ends]
+            assert stops == ([len(found.token_ids) - 1] if found.finish == "stop" else [])
+            met.update(found.token_ids[i] for i in stops)
+            if stops and found.rounds and found.rounds[-1].kept == found.rounds[-1].accepted:
+                inside.add(found.rounds[-1].accepted)
+    return inside, met
+
+
+def a_sure_oracle_is_always_accepted(growth: ChainGrowth | DynamicGrowth) -> None:
+    """Where the draft vocabulary holds the text, what the oracle is sure of is accepted as deep as there is room."""
+    target = tiny_target("llama")
+    asked = prompts(2, seed=8)
+    sampling = Sampling(suppress_tokens=tuple(range(1, VOCAB, 3)))
+    plain = Engine(target).generate(asked, sampling, NEW)
+    texts = [[*p, *g.token_ids] for p, g in zip(asked, plain, strict=True)]
+    vocab = VocabMap(torch.arange(VOCAB)[torch.arange(VOCAB) % 3 != 1], VOCAB)
+    found = Engine(target, Single(OracleDrafter(texts, 1.0, vocab), growth)).generate(asked, sampling, NEW)
+    for generation in found:
+        written = 1
+        for r in generation.rounds:
+            left = len(generation.token_ids) - written
+            assert r.accepted == min(growth.depth, left - (generation.finish == "length")), f"accepted {r.accepted}"
+            written += r.kept
+
+
 def draft_state_is_rewound(head: Eagle3) -> None:
     """A head that expanded trees between its observations proposes what a fresh one proposes that only observed."""
     generator = torch.Generator().manual_seed(3)
@@ -172,6 +215,11 @@ def draft_state_is_rewound(head: Eagle3) -> None:
         head.expand(used, Frontier(torch.randint(8, 90, (2, 2), generator=generator), torch.full((2, 2), -1), 1))
         head.expand(used, Frontier(torch.randint(8, 90, (2, 3), generator=generator), torch.tensor([[0, 1, 1]] * 2), 2))
         done = [d + n for d, n in zip(done, counts, strict=True)]
+    again = head.observe(used, tokens[:, :1], features[:, :1], [1, 1]).log_q
+    _close(again, head.observe(fresh, tokens[:, :1], features[:, :1], [1, 1]).log_q, 1e-6, "last proposal")
+    for depth, parents in ((1, [-1, -1]), (2, [0, 1])):
+        frontier = Frontier(tokens[:, depth : depth + 2], torch.tensor([parents] * 2), depth)
+        _close(head.expand(used, frontier).log_q, head.expand(fresh, frontier).log_q, 1e-6, f"depth {depth}")
 
 
 def _piece(values: Tensor, start: int, length: int) -> Tensor:

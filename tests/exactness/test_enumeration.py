@@ -42,7 +42,7 @@ GROWTHS: dict[str, Growth] = {"chain": ChainGrowth(2), "tree": DynamicGrowth(6, 
 
 @dataclass
 class Forced:
-    """Replaces the draw: gives each key its token, so that each request writes its text, and keeps every pass's laws."""
+    """Replaces the draw: gives each key its token, so each request writes its text, and keeps every pass's laws."""
 
     tokens: dict[int, int]
     laws: list[Tensor] = field(default_factory=list)

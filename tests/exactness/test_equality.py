@@ -11,8 +11,16 @@ from draftsmith.decoding.composition import Single
 from draftsmith.decoding.engine import Engine
 from draftsmith.target.sampling import Sampling
 from draftsmith.target.vocabulary import VocabMap
-from tests.exactness.checks import GROWTHS, NEW, features_are_of_the_position_before, speculative_equals_plain
-from tests.tiny import END, KINDS, VOCAB, OracleDrafter, prompts, tiny_target
+from tests.exactness.checks import (
+    GROWTHS,
+    NEW,
+    a_sure_oracle_is_always_accepted,
+    an_end_cuts_the_path,
+    draft_state_is_rewound,
+    features_are_of_the_position_before,
+    speculative_equals_plain,
+)
+from tests.tiny import END, KINDS, VOCAB, OracleDrafter, prompts, tiny_head, tiny_target
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -83,28 +91,21 @@ def test_features_are_those_of_the_position_before_a_token(growth: str) -> None:
 
 
 def test_an_end_token_inside_the_path_drops_what_follows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several ids end an answer. The oracle goes on after each; nothing of that may be committed."""
     target = tiny_target("llama")
     ends = (END, *range(40, 50))
     monkeypatch.setattr(target, "spec", replace(target.spec, eos_ids=ends))
-    inside: set[int] = set()
-    met: set[int] = set()
-    for seed in range(8):
-        asked = prompts(4, seed=100 + seed)
-        sampling = Sampling(temperature=1.3, seed=seed)
-        plain = Engine(target).generate(asked, sampling, NEW)
-        texts = [[*p, *g.token_ids, 9, 9, 9, 9] for p, g in zip(asked, plain, strict=True)]
-        engine = Engine(target, Single(OracleDrafter(texts, 0.9), GROWTHS["tree-15"]))
-        for expected, found in zip(plain, engine.generate(asked, sampling, NEW), strict=True):
-            assert found.token_ids == expected.token_ids
-            assert found.finish == expected.finish
-            stops = [i for i, token in enumerate(found.token_ids) if token in ends]
-            assert stops == ([len(found.token_ids) - 1] if found.finish == "stop" else [])
-            met.update(found.token_ids[i] for i in stops)
-            if stops and found.rounds and found.rounds[-1].kept == found.rounds[-1].accepted:
-                inside.add(found.rounds[-1].accepted)
+    inside, met = an_end_cuts_the_path(ends)
     assert inside == {1, 2, 3, 4}, f"ends inside an accepted path stood at depths {inside} only"
     assert len(met) > 3
+
+
+@pytest.mark.parametrize("growth", ["chain-4", "tree-15"])
+def test_a_sure_oracle_is_always_accepted(growth: str) -> None:
+    a_sure_oracle_is_always_accepted(GROWTHS[growth])
+
+
+def test_draft_states_are_rewound() -> None:
+    draft_state_is_rewound(tiny_head())
 
 
 @pytest.mark.parametrize("growth", [None, "tree-15"])

@@ -1,1 +1,1 @@
-"""Conversations and prompts: read, checked, made on the spot, tokenised; benchmarks; the stores of what a target computed."""
+"""Conversations and prompts: read, checked, made on the spot, tokenised; benchmarks; stores of what targets compute."""

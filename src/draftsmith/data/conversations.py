@@ -1,24 +1,23 @@
 """Conversations: their form, the files they come from, and the bad rows among them, which are set aside with a reason.
 
-Every source becomes the same rows: `{"id", "source", "messages": [{"role", "content"}, …]}`, with `reference` (a gold answer)
-and `answer` (the exact tokens that a target read and wrote) where there are some.
+Every source becomes the same rows: `{"id", "source", "messages": [{"role", "content"}, …]}`, with `reference` (a gold
+answer) and `answer` (the exact tokens that a target read and wrote) where there are some.
 """
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from draftsmith.data.rows import SUFFIXES, BadRowError, rows_of
 from draftsmith.foundation import artefacts, seeding
 from draftsmith.foundation.errors import UserError
 
 MAX_CHARS = 32_768  # about 8,000 tokens of English
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet")
-SCHEMAS = "messages, conversations (ShareGPT), prompt/response, or instruction/input/output (Alpaca)"
+SCHEMAS = "messages, conversations (ShareGPT), prompt/response, instruction/input/output (Alpaca), or turns (MT-Bench)"
 
 ROLES = {
     "user": "user",
@@ -36,7 +35,7 @@ ROLES = {
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn: `role` is system, user or assistant. An assistant's empty `content` is a placeholder to be generated."""
+    """One turn of the system, user or assistant. An assistant's empty `content` is a placeholder to be generated."""
 
     role: str
     content: str
@@ -74,7 +73,9 @@ class Conversation:
     @property
     def waits(self) -> bool:
         """Whether some answer is still to be generated: a placeholder, or the user's message at the end."""
-        return self.messages[-1].role != "assistant" or any(not m.content for m in self.messages if m.role == "assistant")
+        return self.messages[-1].role != "assistant" or any(
+            not m.content for m in self.messages if m.role == "assistant"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +114,6 @@ class Quarantine:
         )
 
 
-class BadRowError(Exception):
-    """A row that can't be used; `kind` is what it is counted under, the text says what is wrong with it."""
-
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
-        self.kind = kind
-
-
 def to_row(conversation: Conversation) -> dict[str, object]:
     """A conversation as a JSON row; `from_row` reads it back unchanged."""
     row: dict[str, object] = {
@@ -141,29 +134,30 @@ def to_row(conversation: Conversation) -> dict[str, object]:
     return row
 
 
-def from_row(row: Mapping[str, Any], name: str, *, source: str = "", max_chars: int = MAX_CHARS) -> Conversation:
+def from_row(row: Mapping[str, Any], name: str = "", *, source: str = "", max_chars: int | None = None) -> Conversation:
     """The conversation in a row of any known schema.
 
     Args:
-        row: a JSON object with `messages`, `conversations` (ShareGPT: `from`, `value`), `prompt` and `response`, or
-            `instruction`, `input` and `output` (Alpaca). Other fields are ignored.
+        row: a JSON object with `messages`, `conversations` (ShareGPT: `from`, `value`), `prompt` and `response`,
+            `instruction`, `input` and `output` (Alpaca), or `turns` (MT-Bench: the user's). Other fields are ignored.
         name: the id, where the row has none.
         source: where it is from, where the row does not say.
-        max_chars: more characters than this in all messages is over-long.
+        max_chars: more characters than this in all messages is over-long; None for any length.
 
     Raises:
         BadRowError: the row is of no known schema, or the conversation can't be used.
     """
     messages = _messages(row)
-    _check(messages, max_chars)
+    answer = _answer(row["answer"]) if row.get("answer") is not None and "messages" in row else None
+    _check(messages, max_chars, answered=answer is not None)
     own = row.get("id")
     reference = row.get("reference")
     return Conversation(
         id=str(own) if isinstance(own, str | int) and own != "" else name,
         messages=tuple(messages),
         source=row["source"] if isinstance(row.get("source"), str) else source,
-        answer=_answer(row["answer"]) if row.get("answer") is not None and "messages" in row else None,
-        reference=reference if isinstance(reference, str) else None,
+        answer=answer,
+        reference=str(reference) if isinstance(reference, str | int | float) else None,
     )
 
 
@@ -176,7 +170,7 @@ def read_conversations(
         source: a path (`.jsonl`, `.json`, `.parquet`, or a folder of such files), or the name of a data set on the
             Hugging Face hub, which `datasets` fetches.
         split, config: of a hub data set.
-        max_chars: as in `from_row`.
+        max_chars: more characters than this in all messages is over-long.
 
     Returns:
         The conversations, their ids made unique, and the quarantine.
@@ -187,7 +181,7 @@ def read_conversations(
     found: list[Conversation] = []
     quarantine = Quarantine()
     ids: Counter[str] = Counter()
-    for file, line, row in _rows(source, split, config):
+    for file, line, row in rows_of(source, split, config):
         stem = file.removesuffix(Path(file).suffix).rsplit("/", 1)[-1] if Path(file).suffix in SUFFIXES else file
         try:
             if isinstance(row, BadRowError):
@@ -199,7 +193,7 @@ def read_conversations(
         ids[conversation.id] += 1
         if ids[conversation.id] > 1:
             # every keyed draw depends on the id
-            conversation = _renamed(conversation, f"{conversation.id}#{ids[conversation.id]}")
+            conversation = replace(conversation, id=f"{conversation.id}#{ids[conversation.id]}")
         found.append(conversation)
     if not found:
         if not quarantine.rows:
@@ -210,6 +204,12 @@ def read_conversations(
             f"{first.file}:{first.line}: {first.reason}"
         )
     return found, quarantine
+
+
+def asked(turns: Sequence[str]) -> list[Message]:
+    """The user's turns with placeholders between them, where the answers are to be generated."""
+    messages = [Message("user", turn) for turn in turns]
+    return [part for message in messages for part in (Message("assistant", ""), message)][1:]
 
 
 def subset(conversations: Sequence[Conversation], limit: int | None, seed: int, *purpose: str) -> list[Conversation]:
@@ -223,102 +223,6 @@ def subset(conversations: Sequence[Conversation], limit: int | None, seed: int, 
     return [conversations[index] for index in sorted(chosen)]
 
 
-Row = Mapping[str, Any] | BadRowError
-
-
-def _rows(source: str | Path, split: str, config: str | None) -> Iterator[tuple[str, int, Row]]:
-    path = Path(source)
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
-        if not files:
-            raise UserError(f"{path} holds no file with conversations ({', '.join(SUFFIXES)})")
-        for file in files:
-            yield from _file_rows(file)
-    elif path.is_file():
-        yield from _file_rows(path)
-    elif path.suffix in SUFFIXES or path.is_absolute() or str(source).startswith((".", "~")):
-        raise UserError(f"{source} does not exist: give a file, a folder of files, or the name of a hub data set")
-    else:
-        yield from ((str(source), line, row) for line, row in enumerate(hub_rows(str(source), split, config), start=1))
-
-
-def hub_rows(name: str, split: str, config: str | None) -> Iterator[Mapping[str, Any]]:
-    """The rows of a data set on the Hugging Face hub.
-
-    Raises:
-        UserError: it can't be fetched; the text holds the reason that `datasets` gives.
-    """
-    import datasets
-
-    try:
-        yield from datasets.load_dataset(name, config, split=split)
-    except Exception as problem:  # datasets raises errors of its own, of the hub's, of fsspec and of the network
-        reason = (str(problem).splitlines() or [type(problem).__name__])[0]
-        raise UserError(
-            f"{name} is neither a file here nor a data set that could be fetched from the Hugging Face hub "
-            f"(split {split!r}): {reason}"
-        ) from problem
-
-
-def _file_rows(path: Path) -> Iterator[tuple[str, int, Row]]:
-    readers: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {".parquet": _parquet_rows, ".json": _json_rows}
-    for line, row in readers.get(path.suffix, _jsonl_rows)(path):
-        yield str(path), line, row
-
-
-def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, _parsed(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-
-
-def _parsed(line: bytes) -> Row:
-    try:
-        row = json.loads(line)
-    except UnicodeDecodeError:
-        return BadRowError("not UTF-8", "not UTF-8 text")
-    except (json.JSONDecodeError, RecursionError) as problem:
-        return BadRowError("not JSON", f"not valid JSON: {problem}")
-    return row if isinstance(row, dict) else BadRowError("not JSON", f"not a JSON object but {type(row).__name__}")
-
-
-def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    try:
-        data = json.loads(content) if content.strip() else []
-    except json.JSONDecodeError as problem:
-        if problem.msg == "Extra data":  # JSON lines under the name .json
-            yield from _jsonl_rows(path)
-            return
-        raise UserError(f"{path}:{problem.lineno}: not valid JSON ({problem.msg}, column {problem.colno})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
-    for number, row in enumerate(data if isinstance(data, list) else [data], start=1):
-        yield number, row if isinstance(row, dict) else BadRowError("not JSON", "not a JSON object")
-
-
-def _parquet_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
-            for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except pyarrow.ArrowInvalid as problem:
-        raise UserError(f"{path} is not a whole parquet file: {problem}") from None
-
-
-def _renamed(conversation: Conversation, name: str) -> Conversation:
-    return Conversation(
-        name, conversation.messages, conversation.source, conversation.answer, conversation.reference
-    )
-
-
 def _messages(row: Mapping[str, Any]) -> list[Message]:
     for name in ("messages", "conversations"):
         if row.get(name) is not None:
@@ -329,8 +233,10 @@ def _messages(row: Mapping[str, Any]) -> list[Message]:
         return messages + _reply(reply, "response")
     if (instruction := row.get("instruction")) is not None:
         given = _text(row.get("input") or "", "input").strip()
-        asked = _text(instruction, "instruction")
-        return [Message("user", f"{asked}\n\n{given}" if given else asked), *_reply(row.get("output"), "output")]
+        task = _text(instruction, "instruction")
+        return [Message("user", f"{task}\n\n{given}" if given else task), *_reply(row.get("output"), "output")]
+    if isinstance(turns := row.get("turns"), Sequence) and not isinstance(turns, str):
+        return asked([_text(turn, "a turn") for turn in turns])
     fields = ", ".join(map(str, row)) or "none"
     raise BadRowError("unknown schema", f"no known schema: its fields are {fields}; wanted {SCHEMAS}")
 
@@ -370,10 +276,10 @@ def _text(content: Any, where: str) -> str:
     raise BadRowError("not text", f"{where} is not text but {type(content).__name__}")
 
 
-def _check(messages: Sequence[Message], max_chars: int) -> None:
-    turns = messages[1:] if messages[0].role == "system" else messages
+def _check(messages: Sequence[Message], max_chars: int | None, answered: bool) -> None:
+    turns = messages[1:] if messages and messages[0].role == "system" else messages
     if not turns:
-        raise BadRowError("empty content", "a system message and nothing else")
+        raise BadRowError("empty content", "nothing was asked")
     if turns[0].role == "assistant":
         raise BadRowError("starts with the assistant", "the assistant speaks first, so nothing was asked")
     for index, message in enumerate(turns):
@@ -381,11 +287,12 @@ def _check(messages: Sequence[Message], max_chars: int) -> None:
         if message.role != ("user", "assistant")[index % 2]:
             before = turns[index - 1].role if index else "the start"
             raise BadRowError("roles out of order", f"message {number} is the {message.role}'s, after {before}")
-        placeholder = message.role == "assistant" and index + 1 < len(turns) and not message.content
+        # an answer of the target's own may be nothing but its end token
+        placeholder = message.role == "assistant" and (answered or (index + 1 < len(turns) and not message.content))
         if not message.content.strip() and not placeholder:
             raise BadRowError("empty content", f"message {number} ({message.role}) is empty")
     length = sum(len(message.content) for message in messages)
-    if length > max_chars:
+    if max_chars is not None and length > max_chars:
         raise BadRowError("over-long", f"{length:,} characters, the limit is {max_chars:,}")
 
 
@@ -399,4 +306,6 @@ def _answer(row: Any) -> Answer:
             seed=int(row["seed"]),
         )
     except (KeyError, TypeError, ValueError) as problem:
-        raise BadRowError("broken answer", f"answer: {problem!r}; wanted the tokens that draftsmith regenerate writes") from None
+        raise BadRowError(
+            "broken answer", f"answer: {problem!r}; wanted the tokens that draftsmith regenerate writes"
+        ) from None

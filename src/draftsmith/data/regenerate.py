@@ -145,14 +145,13 @@ def _before(job: Job, written: dict[str, Conversation]) -> list[Message]:
     turn = -1
     for message in job.source.messages:
         if message.role == "assistant":
-            if turn < job.turn:
-                messages.append(written[f"{job.source.id}#{turn + 1}"].messages[-1])
             continue
-        turn += message.role == "user"
-        if turn > job.turn:
-            break
-        if message.role == "user" and messages and messages[-1].role == "user":
-            messages.append(written[f"{job.source.id}#{turn}"].messages[-1])
+        if message.role == "user":
+            turn += 1
+            if turn > job.turn:
+                break
+            if turn:
+                messages.append(written[f"{job.source.id}#{turn}"].messages[-1])
         messages.append(message)
     return messages
 

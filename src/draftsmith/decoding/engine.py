@@ -77,7 +77,8 @@ class Engine:
         sampling = sampling or Sampling()
         names: list[int | str] = list(requests) if requests is not None else list(range(len(prompts)))
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-        yield from _Run(self.target, self.composition, prompts, sampling, limits, names).events()
+        if prompts:
+            yield from _Run(self.target, self.composition, prompts, sampling, limits, names).events()
 
 
 class _Run:

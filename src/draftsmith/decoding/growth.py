@@ -92,35 +92,35 @@ def _expand(
 ) -> DraftTree:
     log_q = proposal.log_q[:, 0]
     batch, vocab = log_q.shape
-    width = min(width, vocab)
+    children = min(width, vocab)
     deepest = min(depth, int(limits.room.max()) if batch else 0)
     device = log_q.device
-    values, ids = log_q.topk(width, dim=-1)
+    values, ids = log_q.topk(children, dim=-1)
     tokens = [drafter.vocab.to_target(ids)]
     parents = [torch.full_like(ids, -1)]
     scores = [values]
     depths = [torch.ones_like(ids)]
     # `chosen`: the frontier's places in the pool of all nodes; `parent_slots`: its parents' places among the expanded.
-    chosen = torch.arange(width, device=device).expand(batch, -1)
+    chosen = torch.arange(children, device=device).expand(batch, -1)
     parent_slots = torch.full_like(ids, -1)
     frontier_tokens, frontier_scores = tokens[0], values
-    pool = width
+    pool = children
     expanded = 0
     for level in range(1, deepest):
         child_q = drafter.expand(state, Frontier(frontier_tokens, parent_slots, level)).log_q
         ended = torch.isin(frontier_tokens, limits.ends)
-        best, best_ids = child_q.masked_fill(ended[:, :, None], -torch.inf).topk(width, dim=-1)
+        best, best_ids = child_q.masked_fill(ended[:, :, None], -torch.inf).topk(children, dim=-1)
         path = (frontier_scores[:, :, None] + best).reshape(batch, -1)
         child_tokens = drafter.vocab.to_target(best_ids).reshape(batch, -1)
         tokens.append(child_tokens)
-        parents.append(chosen[:, :, None].expand(-1, -1, width).reshape(batch, -1))
+        parents.append(chosen[:, :, None].expand(-1, -1, children).reshape(batch, -1))
         scores.append(path)
         depths.append(torch.full_like(child_tokens, level + 1))
         if level + 1 < deepest:
-            frontier_scores, order = path.topk(width, dim=-1)
+            frontier_scores, order = path.topk(min(width, path.shape[1]), dim=-1)
             frontier_tokens = child_tokens.gather(1, order)
             chosen = pool + order
-            parent_slots = expanded + order // width
+            parent_slots = expanded + order // children
         expanded += child_q.shape[1]
         pool += child_tokens.shape[1]
     size = sum(t.shape[1] for t in tokens)

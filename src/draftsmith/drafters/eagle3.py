@@ -22,6 +22,8 @@ from draftsmith.drafters.head import MLP, Attend, Attention, Head, HeadOptions, 
 from draftsmith.target.protocol import FeatureSpec, TargetSpec
 from draftsmith.target.vocabulary import VocabMap
 
+FC_NOISE = 0.3  # what is left of fc's random start beside the layer that is passed through
+
 
 class Eagle3Options(HeadOptions):
     """Shape of an EAGLE-3 head."""
@@ -137,6 +139,19 @@ class Eagle3(Head):
     @property
     def wants(self) -> FeatureSpec:
         return FeatureSpec(self.options.auxiliary_layers)
+
+    @torch.no_grad()
+    def begin_from(self, output_embedding: Tensor, norm: nn.Module | None) -> None:
+        """Let `lm_head` begin as the draft vocabulary's rows of the target's `[V, H]`, the last norm as its norm."""
+        ids = self.vocab.target_ids.to(output_embedding.device)
+        self.lm_head.weight.copy_(output_embedding[ids])
+        weight = getattr(norm, "weight", None)
+        if isinstance(weight, Tensor):
+            self.norm.weight.copy_(weight)
+        size = self.options.hidden_size
+        if size == self.options.target_hidden_size:
+            self.fc.weight.mul_(FC_NOISE)
+            self.fc.weight[:, -size:] += torch.eye(size, device=self.fc.weight.device)
 
     def fuse(self, features: Tensor) -> Tensor:
         o = self.options

@@ -47,7 +47,9 @@ def recognise_content(config: Mapping[str, Any], shapes: Mapping[str, tuple[int,
     bare = {name.removeprefix("model.") for name in shapes}
     fc = next((shapes[name] for name in ("fc.weight", "model.fc.weight") if name in shapes), None)
     if fc is not None and len(fc) == 2:
-        if any(name.endswith("hidden_norm.weight") for name in bare):
+        # Any one of these, so that a head with a tensor missing is still told for what it is.
+        eagle3 = any(name.endswith("hidden_norm.weight") or name.startswith("midlayer.") for name in bare)
+        if eagle3 or fc[1] == 3 * fc[0] or "Eagle3" in str(config.get("architectures")):
             return "eagle3"
         if fc[1] == 2 * fc[0] and any(name.startswith("layers.0.") for name in bare):
             return "eagle"

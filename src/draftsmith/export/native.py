@@ -50,7 +50,8 @@ def layer_config(head: HeadCheckpoint, extras: Extras) -> dict[str, object]:
     if target.rope and dict(target.rope) != own and not extras.keep_rope:
         raise UserError(
             f"rope_parameters: the head was trained with {own}, its target {target.name} has {dict(target.rope)}; "
-            "they should be the same. Train the head with the target's, or, if it was trained so elsewhere, keep its own "
+            "they should be the same. Train the head with the target's, or, if it was trained so elsewhere, keep its "
+            "own "
             "with --keep-rope"
         )
     theta, scaling = split_rope(own)

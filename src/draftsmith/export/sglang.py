@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from draftsmith.export import native, transformers
+from draftsmith.export.auxiliary import captured_by_sglang, server_ids
 from draftsmith.export.checkpoint import PLAIN, Drafter, Exported, Extras, HeadCheckpoint, StandaloneDraft
 from draftsmith.export.vllm import refuse_other_width
 from draftsmith.foundation.errors import UserError
@@ -42,6 +43,13 @@ def _eagle3(head: HeadCheckpoint, folder: Path, extras: Extras) -> Exported:
     if head.config.get("attention_bias"):
         raise UserError(
             "attention_bias: SGLang's EAGLE-3 layer has no bias on q, k and v, and would drop them; serve it with vLLM"
+        )
+    boundaries = list(head.auxiliary_layers)
+    if captured_by_sglang(server_ids(boundaries, head.target)[1], head.target) != boundaries:
+        raise UserError(
+            f"auxiliary_layers {boundaries}: SGLang can't be made to capture boundary 1 of "
+            f"{head.target.architectures[0]} (it adds "
+            "one to the ids where the first is 1, and only there); train the head on other layers"
         )
     config = native.eagle3_config(head, "sglang", extras)
     return native.write(folder, "sglang", head, config, native.eagle3_tensors(head), extras)

@@ -233,3 +233,12 @@ def progress(description: str, total: int, unit: str, *, done: int = 0) -> Itera
         meter = Meter(description, total, unit, done, clock, show_bar)
         yield meter
         bars.update(task, completed=max(meter.done, 1), total=max(total, 1), status=meter.summary())
+
+
+@contextmanager
+def timed(text: str) -> Iterator[None]:
+    """Say what is being done and, when it is over, how long it took."""
+    started = time.perf_counter()
+    say(f"{text} …")
+    yield
+    say(f"{text}: {duration(time.perf_counter() - started)}")

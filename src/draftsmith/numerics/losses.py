@@ -290,14 +290,17 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _tiled(logits: Tensor, teacher_logits: Tensor, log_z: Tensor, loss: Loss, incoming: Tensor | None) -> Tensor:
-    """The losses `[n]` of one block; with `incoming` `[n]`, `logits` `[n, Vd]` is overwritten with its gradient."""
+    """The losses `[n]` of one block; with `incoming` `[n]`, `logits` `[n, Vd]` is overwritten with its gradient.
+
+    `teacher_logits` `[n, Vd]` is scratch.
+    """
     wide = torch.promote_types(logits.dtype, torch.float32)
     n_rows = logits.shape[0]
     tile = rows_that_fit(CPU_TILE_BYTES, logits.shape[1]) if logits.device.type == "cpu" else max(1, n_rows)
     values = log_z.new_empty(n_rows, dtype=wide)
     for start in range(0, n_rows, tile):
         rows = slice(start, min(start + tile, n_rows))
-        log_p = teacher_logits[rows].to(wide) - log_z[rows].unsqueeze(-1)
+        log_p = teacher_logits[rows].to(wide).sub_(log_z[rows].unsqueeze(-1))
         if incoming is None:
             with torch.no_grad():
                 values[rows] = loss(log_p, logits[rows].to(wide).log_softmax(-1))

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from draftsmith.foundation.errors import UserError
 
@@ -23,7 +23,19 @@ if TYPE_CHECKING:
 
     Tokenizer = PreTrainedTokenizerBase
 
-Messages = Sequence[Mapping[str, str]]
+
+class Turn(Protocol):
+    """A message as an object, for instance `data.conversations.Message`."""
+
+    @property
+    def role(self) -> str: ...
+
+    @property
+    def content(self) -> str: ...
+
+
+Messages = Sequence[Mapping[str, str] | Turn]
+Rows = list[dict[str, str]]
 
 # Templates of the Llama 3 family print today's date; this is the one they fall back to. Pinned, prompts stay the same.
 TODAY = date(2024, 7, 26)
@@ -52,20 +64,20 @@ def prompt_ids(tokenizer: Tokenizer, messages: Messages, variables: Mapping[str,
     """Token ids of a conversation that waits for its next answer (the template's generation prompt is added).
 
     Args:
-        messages: rows with `role` and `content`.
+        messages: rows or objects with `role` and `content`.
         variables: further variables that this template knows, for instance `enable_thinking`.
 
     Raises:
         UserError: the tokenizer has no chat template, or the template refuses the conversation.
     """
-    return _Renderer(tokenizer, variables).prompt(messages).ids
+    return _Renderer(tokenizer, variables).prompt(_rows(messages)).ids
 
 
 def render(tokenizer: Tokenizer, messages: Messages, variables: Mapping[str, object] | None = None) -> list[Rendered]:
     """Token ids and answer mask of a conversation, up to its last answer.
 
     Args:
-        messages: rows with `role` and `content`.
+        messages: rows or objects with `role` and `content`.
         variables: as in `prompt_ids`.
 
     Returns:
@@ -77,19 +89,20 @@ def render(tokenizer: Tokenizer, messages: Messages, variables: Mapping[str, obj
             text shows the rendered conversation).
     """
     renderer = _Renderer(tokenizer, variables)
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    rows = _rows(messages)
+    turns = [index for index, row in enumerate(rows) if row["role"] == "assistant"]
     if not turns:
-        shown = renderer.rendering(messages).text
+        shown = renderer.rendering(rows).text
         raise UserError(f"this conversation has no assistant message, so it teaches nothing:\n{_cut(shown)}")
     if turns[0] == 0:
         raise UserError("this conversation starts with the assistant: there is no prompt that it answers")
-    until = [renderer.rendering(messages[: index + 1]) for index in turns]
+    until = [renderer.rendering(rows[: index + 1]) for index in turns]
     whole = until[-1]
     if all(_starts(whole.ids, part.ids) for part in until):
-        joined = renderer.mark_turns(messages, turns, [len(part.ids) for part in until], whole)
+        joined = renderer.mark_turns(rows, turns, [len(part.ids) for part in until], whole)
         if joined is not None:
             return [_with_answer(joined)]
-    samples = [renderer.mark_last(messages[: index + 1], part) for index, part in zip(turns, until, strict=True)]
+    samples = [renderer.mark_last(rows[: index + 1], part) for index, part in zip(turns, until, strict=True)]
     return [_with_answer(sample) for sample in samples]
 
 
@@ -119,26 +132,24 @@ class _Renderer:
         added: Mapping[int, Any] = tokenizer.added_tokens_decoder
         self._special = {*tokenizer.all_special_ids, *(index for index, token in added.items() if token.special)}
 
-    def prompt(self, messages: Messages, **options: Any) -> _Rendering:
-        return self.rendering(messages, add_generation_prompt=True, **options)
+    def prompt(self, rows: Rows, **options: Any) -> _Rendering:
+        return self.rendering(rows, add_generation_prompt=True, **options)
 
-    def rendering(self, messages: Messages, **options: Any) -> _Rendering:
-        text = self._apply(messages, tokenize=False, **options)
+    def rendering(self, rows: Rows, **options: Any) -> _Rendering:
+        text = self._apply(rows, tokenize=False, **options)
         return _Rendering(text, self._encode(text))
 
-    def mark_turns(
-        self, messages: Messages, turns: Sequence[int], stops: Sequence[int], whole: _Rendering
-    ) -> Rendered | None:
+    def mark_turns(self, rows: Rows, turns: Sequence[int], stops: Sequence[int], whole: _Rendering) -> Rendered | None:
         """All answers of a rendering that grows turn by turn; None if some generation prompt is not in it as it is.
 
         `stops[j]` is the number of tokens after turn `turns[j]`.
         """
         mask = [False] * len(whole.ids)
-        marked = self._marked(messages[: turns[-1] + 1])
+        marked = self._marked(rows[: turns[-1] + 1])
         start = 0
         for index, stop in zip(turns, stops, strict=True):
             if marked is None:
-                head = self._longest_prompt(messages[:index], whole.ids)
+                head = self._longest_prompt(rows[:index], whole.ids)
                 if head is None:
                     return None
                 start = head
@@ -146,19 +157,19 @@ class _Renderer:
             start = stop
         return Rendered(whole.ids, mask, whole.text)
 
-    def mark_last(self, messages: Messages, whole: _Rendering) -> Rendered:
+    def mark_last(self, rows: Rows, whole: _Rendering) -> Rendered:
         """The last answer alone, after the prompt that it answered."""
-        marked = self._marked(messages)
-        prompt = self.prompt(messages[:-1])
+        marked = self._marked(rows)
+        prompt = self.prompt(rows[:-1])
         ids = whole.ids
         if marked is None and not _starts(ids, prompt.ids) and whole.text.startswith(prompt.text):
             # A token of the whole rendering spans prompt and answer; a served model reads the prompt's own tokens.
             ids = prompt.ids + self._encode(whole.text.removeprefix(prompt.text))
-        start = self._longest_prompt(messages[:-1], ids)
+        start = self._longest_prompt(rows[:-1], ids)
         if start is None:
             # The generation prompt opens a thought that a rendered answer lacks: the answer starts where they part.
             shared = whole.text[: _shared(whole.text, prompt.text)]
-            if messages[-2]["content"].strip() not in shared:
+            if rows[-2]["content"].strip() not in shared:
                 raise UserError(
                     "this target's chat template renders the messages before an answer differently once it is there, "
                     f"so the answer's tokens can't be told from the prompt's; before:\n{_cut(prompt.text)}\n"
@@ -186,7 +197,7 @@ class _Renderer:
                 return None
         return None
 
-    def _longest_prompt(self, messages: Messages, ids: Sequence[int]) -> int | None:
+    def _longest_prompt(self, rows: Rows, ids: Sequence[int]) -> int | None:
         """Tokens of the generation prompt that `ids` start with, None if they start with none.
 
         Templates of thinking models put an empty thought before an answer without thoughts. Served so, that thought is
@@ -194,17 +205,17 @@ class _Renderer:
         """
         found = None
         for extra in ({}, {"enable_thinking": False}) if "enable_thinking" in self._template else ({},):
-            prompt = self.prompt(messages, **extra)
+            prompt = self.prompt(rows, **extra)
             if _starts(ids, prompt.ids):
                 found = max(found or 0, len(prompt.ids))
         return found
 
-    def _marked(self, messages: Messages) -> list[bool] | None:
+    def _marked(self, rows: Rows) -> list[bool] | None:
         """The template's own answer marks, or None if it has no markers."""
         if not _MARKER.search(self._template):
             return None
         encoded = self._apply(
-            messages,
+            rows,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
@@ -217,10 +228,9 @@ class _Renderer:
             marks[i] = marks[i] or (marks[i - 1] and spans[i][0] < spans[i - 1][1])
         return marks
 
-    def _apply(self, messages: Messages, **options: Any) -> Any:
+    def _apply(self, rows: Rows, **options: Any) -> Any:
         from jinja2.exceptions import TemplateError
 
-        rows: list[dict[str, str]] = [dict(message) for message in messages]
         try:
             return self._tokenizer.apply_chat_template(
                 rows, chat_template=self._template, **{**self._variables, **options}
@@ -235,6 +245,13 @@ class _Renderer:
         # The template writes the special tokens, a beginning-of-sequence token among them: none may be added again.
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+
+def _rows(messages: Messages) -> Rows:
+    return [
+        dict(message) if isinstance(message, Mapping) else {"role": message.role, "content": message.content}
+        for message in messages
+    ]
 
 
 def _template(tokenizer: Tokenizer) -> str:

@@ -113,13 +113,15 @@ class HFTarget:
         hidden = self._pass(rows, want)
         return TargetOut(self.project(hidden["final"]), {name: hidden[name] for name in want.names})
 
+    @torch.inference_mode()
     def commit(self, rows: Tensor, counts: Sequence[int]) -> None:
         self._cache.keep(rows, counts)
 
+    @torch.inference_mode()
     def select(self, sequences: Sequence[int]) -> None:
         self._cache.select(sequences)
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference mode: a head may be trained on what this gives
     def read(self, ids: Tensor, lengths: Sequence[int], want: FeatureSpec) -> dict[Layer, Tensor]:
         """One teacher-forced pass over whole texts, no cache: hidden states `[B, T, H]` by layer, the final one always.
 
@@ -198,13 +200,21 @@ class HFTarget:
         """Refuse a model whose logits, masks or cache are not what this class takes them to be."""
         ids = torch.arange(6, device=self.device)[None] % self.spec.vocab_size
         reference = self.model(input_ids=ids, use_cache=False).logits[0].float()
-        self.prefill(ids[:, :2], [2], FeatureSpec(), 8)
         chain = Rows(
             ids[:, 2:],
             torch.arange(4, device=self.device)[None],
             torch.ones((1, 4, 4), dtype=torch.bool, device=self.device).tril(),
         )
-        found = self.verify(chain, FeatureSpec()).logits
+        try:
+            self.prefill(ids[:, :2], [2], FeatureSpec(), 8)
+            found = self.verify(chain, FeatureSpec()).logits
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as failure:
+            raise UserError(
+                f"{self.spec.name}: this model can't be run with draftsmith's own cache and attention masks "
+                f"({type(failure).__name__}: {(str(failure) or 'no message').splitlines()[0]})"
+            ) from failure
         assert found is not None
         error = (found[0].float() - reference[2:]).abs().max().item()
         scale = max(1.0, reference.abs().max().item())

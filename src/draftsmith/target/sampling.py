@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor
 
 from draftsmith.foundation import seeding
+from draftsmith.foundation.errors import UserError
 from draftsmith.foundation.options import Options
 from draftsmith.target.protocol import FeatureSpec, Rows, Target
 
@@ -164,9 +165,20 @@ def write(
     """Plain batched decoding; rows that have finished leave the batch.
 
     Yields a `Written` for each row when it finishes, and after each pass the number of tokens just written.
+
+    Raises:
+        UserError: an empty prompt, or one that leaves no room for an answer.
     """
+    if not prompts:
+        return
     spec = target.spec
     lengths = [len(p) for p in prompts]
+    for index, length in enumerate(lengths):
+        if not 0 < length < spec.max_positions:
+            raise UserError(
+                f"prompt {index} has {length} tokens; {spec.name} takes 1 to {spec.max_positions - 1}, "
+                "so that an answer fits"
+            )
     room = [min(max_new_tokens, spec.max_positions - n) for n in lengths]
     ids = torch.zeros((len(prompts), max(lengths)), dtype=torch.int64)
     for b, prompt in enumerate(prompts):

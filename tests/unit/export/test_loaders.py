@@ -1,13 +1,16 @@
-"""The servers' published loading rules, replayed key by key over our folders: every parameter filled once, nothing dropped.
+"""The servers' published loading rules, replayed key by key over our folders: every parameter filled once, nothing
+dropped.
 
-Rules as read in SGLang 0.5.23 (srt/models/llama_eagle3.py, llama_eagle.py, model_runner_components/spec_aux_hidden_state.py),
-vLLM 0.32.0 (model_executor/models/llama_eagle3.py, llama_eagle.py, v1/worker/gpu_model_runner.py,
-v1/worker/gpu/spec_decode/eagle/eagle3_utils.py, transformers_utils/configs/{eagle,speculators}) and llama.cpp's converter.
+Rules as read in SGLang 0.5.23 (srt/models/llama_eagle3.py, llama_eagle.py,
+model_runner_components/spec_aux_hidden_state.py), vLLM 0.32.0 (model_executor/models/llama_eagle3.py, llama_eagle.py,
+v1/worker/gpu_model_runner.py, v1/worker/gpu/spec_decode/eagle/eagle3_utils.py,
+transformers_utils/configs/{eagle,speculators}) and llama.cpp's converter.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from draftsmith.export.hand_over import export
+from draftsmith.export.validate import check
+from draftsmith.foundation.errors import UserError
 from tests.unit.export.heads import BOUNDARIES, LAYERS, VD, H, V, card, head, vocabulary
 
 STACKED = {"q_proj": ("qkv_proj", "q"), "k_proj": ("qkv_proj", "k"), "v_proj": ("qkv_proj", "v")} | {
@@ -74,7 +79,9 @@ def sglang_loads(config: dict[str, Any], stored: dict[str, Tensor]) -> tuple[set
     assert config["tie_word_embeddings"] is False
     wanted = parameters(config, kind, fc_bias=kind == "eagle" or config.get("bias", False))
     if kind == "eagle":
-        assert not (config["attention_bias"] or config.get("bias"))  # either gives the attention biases
+        # either gives the attention biases
+        assert not config["attention_bias"]
+        assert not config.get("bias")
     filled: set[str] = set()
     dropped: list[str] = []
     hot: Tensor | None = None
@@ -203,19 +210,22 @@ def test_all_servers_capture_the_layers_that_the_head_was_trained_on(
         assert found == [list(boundaries)] * 4
 
 
-@pytest.mark.parametrize("boundaries", [BOUNDARIES, (2, 4, 5), (3, 4, 6)])
+@pytest.mark.parametrize("boundaries", [(2, 4, 5), (3, 4, 6)])
 def test_sglangs_deepseek_rule_is_met(boundaries: tuple[int, ...], tmp_path: Path) -> None:
     """For these targets SGLang adds one only where the first id is 1."""
-    from draftsmith.export.auxiliary import server_ids
+    before = head(auxiliary_layers=boundaries)
+    target = card(architectures=("DeepseekV3ForCausalLM",))
+    config, _ = read(export(replace(before, target=target), "sglang", tmp_path / "out").folder)
+    nested = config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]
+    assert ([k + 1 for k in nested] if nested[0] == 1 else nested) == list(boundaries)
+    assert vllm_layers(config, LAYERS, 1) == list(boundaries)
+    assert check(tmp_path / "out", target) == []
 
-    top, nested = server_ids(boundaries, card(architectures=("DeepseekV3ForCausalLM",)))
-    captured = [k + 1 for k in nested] if nested[0] == 1 else list(nested)
-    if boundaries[0] == 1:
-        # Neither [1, …] nor [0, …] gives boundary 1 there: told by check, not silently off by one
-        assert captured != list(boundaries)
-    else:
-        assert captured == list(boundaries)
-    assert top == list(boundaries)
+
+def test_what_sglangs_deepseek_rule_can_not_express_is_refused(tmp_path: Path) -> None:
+    target = card(architectures=("DeepseekV3ForCausalLM",))
+    with pytest.raises(UserError, match="boundary 1"):
+        export(replace(head(auxiliary_layers=(1, 3, 6)), target=target), "sglang", tmp_path / "out")
 
 
 def test_vllm_reads_the_speculators_folder(tmp_path: Path) -> None:

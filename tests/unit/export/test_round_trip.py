@@ -129,9 +129,7 @@ def test_transformers_reads_the_targets_rope_from_the_folder(rope: dict[str, obj
     from transformers import AutoConfig
 
     scaling = {k: v for k, v in rope.items() if k != "rope_theta"} if rope["rope_type"] != "default" else None
-    folder = export(
-        head(rope_theta=rope["rope_theta"], rope_scaling=scaling), "vllm", tmp_path / "out"
-    ).folder
+    folder = export(head(rope_theta=rope["rope_theta"], rope_scaling=scaling), "vllm", tmp_path / "out").folder
     read = AutoConfig.from_pretrained(folder)
     assert dict(read.rope_parameters) == rope
     assert (read.max_position_embeddings, read.head_dim, str(read.dtype)) == (512, 6, "torch.bfloat16")

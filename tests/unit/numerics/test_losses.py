@@ -1,4 +1,4 @@
-"""Losses against naive float64 formulas, gradients against finite differences, the blocked head against the plain one."""
+"""Losses against naive float64 formulas, gradients against finite differences, the blocked head against the plain."""
 
 from __future__ import annotations
 

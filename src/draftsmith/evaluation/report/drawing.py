@@ -1,4 +1,4 @@
-"""Matplotlib figures as SVG that follows the page: text and colours are CSS variables, so one drawing serves light and dark.
+"""Matplotlib figures as SVG that follows the page: colours are CSS variables, so one drawing serves light and dark.
 
 Figures are drawn in the light colours below; inline, each colour becomes the variable of its name, which style.css sets
 for both schemes. Files beside the report keep the light colours on white, for documents and slides.
@@ -31,8 +31,8 @@ _VARIABLES = {
     PURPLE: "--purple",
     GREY: "--grey",
 }
-WIDTH = 4.5  # inches: narrow enough that a phone hardly shrinks the text
-STYLE: dict[str, Any] = {
+WIDTH = 4.2  # inches: narrow enough that a phone hardly shrinks the text
+STYLE: Any = {  # as Any: newer matplotlib types the names, older has no types
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "axes.titlesize": 9.5,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ def draw(run: Run, groups: Sequence[Group]) -> dict[str, Plot]:
     stages = [(s.name, s.seconds) for s in run.summary.stages] if run.summary else []
     drawings: list[Callable[[], Plot | None]] = [
         lambda: speedup(results),
+        lambda: speedup_by_prompt(groups),
         lambda: flatness_of_samples(run),
         lambda: flatness_of_tokens(run),
         lambda: loss(run.training),
@@ -64,19 +66,44 @@ def speedup(results: Sequence[Result]) -> Plot | None:
             axes.plot([s.low, s.high], [place, place], color=BLUE, linewidth=3, alpha=0.35, solid_capstyle="round")
         axes.plot([s.estimate], [place], "o", color=BLUE, markersize=7)
         axes.annotate(
-            f"{s.estimate:.2f}×", (s.estimate, place), (0, 7), textcoords="offset points", ha="center", fontsize=9, color=INK
+            f"{s.estimate:.2f}×",
+            (s.estimate, place),
+            (0, 7),
+            textcoords="offset points",
+            ha="center",
+            fontsize=9,
+            color=INK,
         )
     axes.axvline(1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
     highest = max(r.speedup.high or r.speedup.estimate for r in results)
     lowest = min(r.speedup.low or r.speedup.estimate for r in results)
     axes.set_xlim(min(0.9, lowest - 0.05), highest + 0.08)
     axes.set_ylim(-0.6, len(results) - 0.25)
-    axes.set_yticks(places, views.result_labels(results))
-    axes.grid(visible=True, axis="x")
-    axes.grid(visible=False, axis="y")
+    _rows(axes, places, views.result_labels(results))
     axes.set_xlabel("tokens per second ÷ plain decoding's")
     caption = "Dot: ratio of sums over all prompts. Bar: 95 % interval over prompts. Dashed: plain decoding."
-    return Plot("speedup", "Speed-up", caption, figure)
+    return Plot("speedup", "Speed-up over plain decoding", caption, figure)
+
+
+def speedup_by_prompt(groups: Sequence[Group]) -> Plot | None:
+    """Speed-up of each prompt."""
+    spread = [(g.label, [p.speedup for p in g.pairs if p.speedup is not None]) for g in groups]
+    spread = [(name, values) for name, values in spread if values]
+    if not spread:
+        return None
+    figure, axes = canvas(0.75 + 0.42 * len(spread))
+    for row, (_, values) in enumerate(spread):
+        place = len(spread) - 1 - row
+        # dots side by side where they would hide each other
+        offsets = 0.22 * np.sin(2.4 * np.arange(len(values)))
+        axes.plot(sorted(values), place + offsets, "o", color=BLUE, alpha=0.55, markersize=4.5, markeredgewidth=0)
+    axes.axvline(1, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_ylim(-0.6, len(spread) - 0.25)
+    _rows(axes, np.arange(len(spread))[::-1], [name for name, _ in spread])
+    axes.set_xlabel("tokens per second ÷ plain decoding's")
+    return Plot(
+        "speedup-prompts", "Speed-up of each prompt", "How much prompts differ; left of the line, slower.", figure
+    )
 
 
 def flatness_of_samples(run: Run) -> Plot | None:
@@ -89,6 +116,7 @@ def flatness_of_samples(run: Run) -> Plot | None:
     edges = np.histogram_bin_edges([*kept, *dropped], bins=min(40, max(10, len(run.samples) // 8)))
     axes.hist([dropped, kept], bins=edges, stacked=True, color=[GREY, BLUE], label=["dropped", "kept"], edgecolor=PAPER)
     axes.legend(reverse=True)
+    axes.locator_params(axis="x", nbins=6)
     axes.set_xlabel("mean flatness of the answer's tokens")
     axes.set_ylabel("samples")
     caption = "The flatter the target's distribution over an answer, the more there is to learn from it."
@@ -168,7 +196,7 @@ def acceptance_by_depth(results: Sequence[Result]) -> Plot | None:
     results = [r for r in results if r.acceptance_by_depth]
     if not results:
         return None
-    figure, axes = canvas(2.7)
+    figure, axes = canvas(2.9)
     for i, (name, result) in enumerate(zip(views.result_labels(results), results, strict=True)):
         depths = range(1, len(result.acceptance_by_depth) + 1)
         style = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]}
@@ -177,7 +205,7 @@ def acceptance_by_depth(results: Sequence[Result]) -> Plot | None:
     axes.set_ylim(0, 100)
     axes.set_xlabel("depth")
     axes.set_ylabel("% accepted")
-    axes.legend()
+    _legend_below(axes, 2)
     caption = "Of the rounds that accepted depth d - 1 and held a drafted token at depth d, how many accepted it."
     return Plot("acceptance-depth", "Acceptance by depth", caption, figure)
 
@@ -187,8 +215,8 @@ def acceptance_by_context(groups: Sequence[Group]) -> Plot | None:
     edges = views.context_edges([g for group in groups for g in group.generations])
     if len(edges) < 2:
         return None
-    figure, axes = canvas(2.7)
-    names = [f"{a}–{b - 1}" for a, b in zip(edges, edges[1:], strict=False)] + [f"{edges[-1]}+"]
+    figure, axes = canvas(2.9)
+    names = [f"{a}–{b - 1}" for a, b in pairwise(edges)] + [f"{edges[-1]}+"]
     for i, group in enumerate(groups):
         buckets = metrics.by_context(group.generations, edges)
         places = [edges.index(start) for start, _ in buckets]
@@ -196,10 +224,9 @@ def acceptance_by_context(groups: Sequence[Group]) -> Plot | None:
         axes.plot(places, [c.acceptance_length for c in buckets.values()], label=group.label, **style)
     axes.set_xticks(range(len(names)), names)
     axes.set_ylim(bottom=1)
-    axes.margins(y=0.25)
     axes.set_xlabel("tokens before the round, prompt included")
     axes.set_ylabel("tokens per round")
-    axes.legend()
+    _legend_below(axes, 2)
     caption = "Whether drafting holds up as the text grows longer."
     return Plot("acceptance-context", "Acceptance by position", caption, figure)
 
@@ -229,7 +256,7 @@ def time_split(results: Sequence[Result]) -> Plot | None:
     results = [r for r in results if r.draft_ms is not None and r.verify_ms is not None and r.rest_ms is not None]
     if not results:
         return None
-    figure, axes = canvas(1.0 + 0.62 * len(results))
+    figure, axes = canvas(1.15 + 0.6 * len(results))
     places = 1.0 * np.arange(len(results))[::-1]
     left = np.zeros(len(results))
     parts = [("draft", ORANGE, "draft_ms"), ("verify", BLUE, "verify_ms"), ("rest", GREY, "rest_ms")]
@@ -237,15 +264,17 @@ def time_split(results: Sequence[Result]) -> Plot | None:
         width = np.array([getattr(r, attribute) for r in results], dtype=float)
         axes.barh(places + 0.19, width, left=left, height=0.34, color=colour, label=name, edgecolor=PAPER)
         left += width
-    known = [(p, r.acceptance_length * r.plain_token_ms) for p, r in zip(places, results, strict=True) if r.plain_token_ms]
+    known = [
+        (p, r.acceptance_length * r.plain_token_ms) for p, r in zip(places, results, strict=True) if r.plain_token_ms
+    ]
     if known:
         bars = {"height": 0.34, "facecolor": "none", "edgecolor": MUTED, "linewidth": 1, "linestyle": (0, (3, 2))}
         axes.barh([p - 0.19 for p, _ in known], [ms for _, ms in known], label="plain, as many tokens", **bars)
     _rows(axes, places, views.result_labels(results))
     axes.set_xlabel("milliseconds")
-    _legend_below(axes, 4)
+    _legend_below(axes, 2)
     caption = "One round, against the time that plain decoding takes for the tokens a round commits."
-    return Plot("time-split", "Where the time goes", caption, figure)
+    return Plot("time-split", "A round, part by part", caption, figure)
 
 
 def stage_costs(stages: Sequence[tuple[str, float]]) -> Plot | None:
@@ -258,7 +287,9 @@ def stage_costs(stages: Sequence[tuple[str, float]]) -> Plot | None:
     times = np.array([seconds / divisor for _, seconds in stages])
     axes.barh(places, times, height=0.6, color=BLUE)
     for place, value in zip(places, times, strict=True):
-        axes.annotate(f"{value:.1f}", (value, place), (4, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK)
+        axes.annotate(
+            f"{value:.1f}", (value, place), (4, 0), textcoords="offset points", va="center", fontsize=8.5, color=INK
+        )
     _rows(axes, places, [name for name, _ in stages])
     axes.set_xlim(0, max(times) * 1.14 or 1)
     axes.set_xlabel(unit)
@@ -273,14 +304,14 @@ def _rows(axes: Any, places: Sequence[float] | np.ndarray[Any, Any], names: Sequ
 
 
 def _legend_below(axes: Any, columns: int) -> None:
-    axes.figure.legend(loc="outside lower left", ncols=min(columns, 4), columnspacing=1.1)
+    axes.figure.legend(loc="outside lower left", ncols=min(columns, 3), columnspacing=1.4)
 
 
 def _smooth(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Running mean over about a twentieth of the steps; at the ends over what there is."""
     window = max(1, len(values) // 20)
     kernel = np.ones(window)
-    return np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same")
+    return np.asarray(np.convolve(values, kernel, "same") / np.convolve(np.ones_like(values), kernel, "same"))
 
 
 def _plain(value: float, _: int) -> str:

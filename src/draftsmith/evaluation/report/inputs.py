@@ -1,15 +1,15 @@
 """What a report is made from: the files of a run folder, each of them optional.
 
-    summary.json      results and stage times (docs/summary.md)
-    bench.jsonl       a row for each answer: {"set", "id", "prompt", "temperature", "mode": "plain" | "speculative",
-                      "generation": Generation.to_row(), "pieces": [token text], "origins": [-1 target, else the drafter's
-                      number], "depths": [depth in the tree, 0 for the target's]} and, with several compositions, "drafters"
-    training.jsonl    {"step", "loss", "loss_by_step": [...], "lr", "seconds", "positions_per_second"} and
-                      {"step", "dev_acceptance_length", ...}
-    selection.json    [{"id", "score", "kept", "tokens"?}, ...], or an object with these as "rows" or "samples"
-    scores.jsonl      {"id", "flatness": [of each counted token], "pieces"?: [token text]}; or scores.parquet
-    provenance.json   of foundation.provenance; its "facts" {label: value}, where present, say what was trained on what
-    recipe.yaml       shown as it is
+summary.json      results and stage times (docs/summary.md)
+bench.jsonl       a row for each answer: {"set", "id", "prompt", "temperature", "mode": "plain" | "speculative",
+                  "generation": Generation.to_row(), "pieces": [token text], "origins": [-1 target, else the drafter's
+                  number], "depths": [depth in the tree, 0 for the target's]} and, with several compositions, "drafters"
+training.jsonl    {"step", "loss", "loss_by_step": [...], "lr", "seconds", "positions_per_second"} and
+                  {"step", "dev_acceptance_length", ...}
+selection.json    [{"id", "score", "kept", "tokens"?}, ...], or an object with these as "rows" or "samples"
+scores.jsonl      {"id", "flatness": [of each counted token], "pieces"?: [token text]}; or scores.parquet
+provenance.json   of foundation.provenance; its "facts" {label: value}, where present, say what was trained on what
+recipe.yaml       shown as it is
 """
 
 from __future__ import annotations

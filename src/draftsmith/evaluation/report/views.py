@@ -133,7 +133,7 @@ def flatness_spans(sample: Scored, borders: Sequence[float]) -> list[Span]:
 
 
 def shade_borders(scores: Sequence[Scored]) -> list[float]:
-    """Borders between the shades: the half of all tokens that is least flat stays unshaded, the rest is split evenly."""
+    """Borders between the shades: the least flat half of all tokens stays unshaded, the rest is split evenly."""
     values = sorted(value for sample in scores for value in sample.flatness)
     if not values:
         return []

@@ -1,0 +1,169 @@
+"""`draftsmith chat`: talk to a run's target; each token's colour says who wrote it."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from draftsmith.api import Model, Stream, TextPiece, load, run_target
+from draftsmith.foundation import console
+from draftsmith.foundation.errors import UserError
+
+# One hue for each drafter, one shade for each depth: the deeper, the stronger.
+SHADES = (
+    ("#a6d8a8", "#7cc47f", "#52ab57", "#2f8f37", "#14721f"),
+    ("#a9c9f2", "#7eadea", "#548fdd", "#3172c7", "#1557a8"),
+    ("#f2c79a", "#eaaa68", "#dc8d3d", "#c2711d", "#9c560b"),
+    ("#dcb6ea", "#c78fdc", "#af68ca", "#9445b3", "#772997"),
+)
+HELP = "An empty line is passed over; /new starts a new conversation, Ctrl-C stops an answer, Ctrl-D leaves."
+
+
+def chat(
+    run: Path,
+    target: str | None = None,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    max_new_tokens: int = 256,
+    plain: bool = False,
+    prompt: str | None = None,
+    read: Callable[[], str] | None = None,
+) -> None:
+    """Hold a conversation, or answer `prompt` and end.
+
+    Args:
+        run: the run's folder, or a drafter's (then with `target`).
+        target: the target's name; default: the run's.
+        temperature, seed, max_new_tokens: as in `Model.generate`.
+        plain: without the drafter.
+        prompt: one message to answer.
+        read: where the user's lines come from (EOFError ends the conversation); default: the keyboard.
+
+    Raises:
+        UserError: something of the run is missing, or, with `prompt`, the answer can't be written.
+    """
+    dtype = device = "auto"
+    if target is None:
+        target, dtype, device = run_target(run)
+    converse(
+        load(target, None if plain else run, dtype=dtype, device=device),
+        temperature=temperature,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        prompt=prompt,
+        read=read,
+    )
+
+
+def converse(
+    model: Model,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    max_new_tokens: int = 256,
+    prompt: str | None = None,
+    read: Callable[[], str] | None = None,
+) -> None:
+    """`chat` with a model that is loaded already."""
+    messages: list[dict[str, str]] = []
+
+    def answer(text: str) -> None:
+        messages.append({"role": "user", "content": text})
+        try:
+            stream = model.generate(
+                messages, stream=True, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+            )
+            reply = _show(stream)
+        except UserError:
+            messages.pop()
+            raise
+        messages.append({"role": "assistant", "content": reply})
+
+    if model.composition is not None and _coloured():
+        _legend()
+    if prompt is not None:
+        answer(prompt)
+        return
+    console.say(HELP)
+    while True:
+        try:
+            text = (read or _keyboard)().strip()
+        except EOFError:
+            break
+        except KeyboardInterrupt:
+            console.say("\nCtrl-D leaves.")
+            continue
+        if text == "/new":
+            messages.clear()
+            console.say("A new conversation.")
+        elif text:
+            try:
+                answer(text)
+            except UserError as problem:
+                console.error(f"{problem}; /new starts a new conversation")
+
+
+def _show(stream: Stream) -> str:
+    """Write an answer as it comes, and what it took; Ctrl-C ends it early. Returns its text."""
+    started = time.perf_counter()
+    pieces: list[TextPiece] = []
+    stopped = False
+    try:
+        for piece in stream:
+            pieces.append(piece)
+            _write(piece)
+    except KeyboardInterrupt:
+        stopped = True
+        stream.close()
+    seconds = time.perf_counter() - started
+    console.say("")
+    tokens = sum(len(piece.token_ids) for piece in pieces)
+    if 0 in stream.answers:
+        length = stream.answer.acceptance_length
+        seconds = stream.answer.generation.total_ms / 1e3
+    else:
+        # an answer that was stopped was never cut: its pieces are whole rounds, after the prefill's token
+        rounds = len(pieces) - 1
+        length = (tokens - 1) / rounds if rounds > 0 else float("nan")
+    accepted = "" if length != length else f", acceptance length {length:.2f}"
+    speed = f", {tokens / seconds:.1f} tokens/s" if tokens and seconds > 0 else ""
+    end = " (stopped)" if stopped else ""
+    console.say(f"[{tokens} token{'s' * (tokens != 1)} in {console.duration(seconds)}{speed}{accepted}]{end}")
+    return "".join(piece.text for piece in pieces)
+
+
+def _write(piece: TextPiece) -> None:
+    """A round's tokens, neighbours of one colour together."""
+    styled = zip(piece.texts, map(style, piece.owners, piece.depths), strict=True)
+    for colour, group in itertools.groupby(styled, key=lambda item: item[1]):
+        if text := "".join(text for text, _ in group):
+            console.write(text, colour)
+
+
+def style(owner: int, depth: int) -> str:
+    """A token's colour: none for the target's own, else the drafter's hue in the depth's shade."""
+    if owner < 0:
+        return ""
+    shades = SHADES[owner % len(SHADES)]
+    return shades[min(depth, len(shades)) - 1]
+
+
+def _legend() -> None:
+    console.write("Uncoloured: written by the target. Drafted and accepted, by depth:")
+    deepest = len(SHADES[0])
+    for depth in range(1, deepest + 1):
+        console.write(f" {depth}{'+' * (depth == deepest)}", style(0, depth))
+    console.say("")
+
+
+def _coloured() -> bool:
+    return (sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))) and not os.environ.get("NO_COLOR")
+
+
+def _keyboard() -> str:
+    return input("\n> " if sys.stdin.isatty() else "")

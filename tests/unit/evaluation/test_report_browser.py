@@ -1,0 +1,96 @@
+"""The report in a real browser: no error in the console, nothing wider than a phone."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from tests.unit.evaluation.synthetic_run import write_synthetic_run
+
+from draftsmith.evaluation.report.report import write_report
+
+BROWSER = next((found for n in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(n))), None)
+QUIET = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--enable-logging=stderr",
+    "--hide-scrollbars",
+    "--window-size=1400,1000",
+    "--virtual-time-budget=20000",
+]
+MEASURE = """
+<script>
+window.addEventListener("load", () => {
+  const width = document.documentElement.clientWidth;
+  const wide = [...document.querySelectorAll("body *")].filter(
+    (e) => e.getBoundingClientRect().right > width + 1 && !e.closest(".scroll, pre, details:not([open])"));
+  const page = document.documentElement;
+  const small = [...document.querySelectorAll("svg text")].map((e) => e.getBoundingClientRect().height);
+  const found = JSON.stringify({ width: innerWidth, scroll: page.scrollWidth,
+    wide: wide.map((e) => e.outerHTML.slice(0, 120)), figures: document.querySelectorAll("svg").length,
+    smallest: Math.min(...small), background: getComputedStyle(document.body).backgroundColor });
+  parent.postMessage(found, "*");
+});
+</script></body>
+"""
+# a window can't be made narrower than 500 pixels, a frame can
+FRAME = """<!DOCTYPE html>
+<script>addEventListener("message", (e) => { document.title = "MEASURED" + e.data; });</script>
+<iframe src="%s" style="width: %dpx; height: 900px; border: 0"></iframe>"""
+
+
+def open_page(page: Path, width: int, *flags: str) -> tuple[dict[str, object], str]:
+    """What the script above measured in a frame of this width, and the browser's log."""
+    assert BROWSER is not None
+    folder = page.parent
+    frame = folder / "frame.html"
+    frame.write_text(FRAME % (page.name, width), encoding="utf-8")
+    profile = folder / f"profile-{len(list(folder.iterdir()))}"
+    command = [BROWSER, *QUIET, f"--user-data-dir={profile}", *flags, "--dump-dom", frame.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    found = re.search(r"<title>MEASURED(.*?)</title>", done.stdout)
+    assert found is not None, done.stderr[-2000:]
+    return json.loads(html.unescape(found[1])), done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_page_in_a_browser(tmp_path: Path, width: int) -> None:
+    run = write_synthetic_run(tmp_path / "run", drafters=2)
+    page = write_report(run, tmp_path / "out")
+    text = page.read_text(encoding="utf-8")
+    measured = tmp_path / "measured.html"
+    measured.write_text(text.replace("</body>", MEASURE), encoding="utf-8")
+
+    light, log = open_page(measured, width, "--blink-settings=preferredColorScheme=1")
+    assert "CONSOLE" not in log
+    assert light["width"] == width
+    assert light["scroll"] == width, "the page scrolls sideways"
+    assert light["wide"] == []
+    assert light["figures"] == 11
+    assert float(str(light["smallest"])) >= 9, "text in a figure is too small to read"
+
+    dark, log = open_page(measured, width, "--blink-settings=preferredColorScheme=0")
+    assert "CONSOLE" not in log
+    assert dark["background"] != light["background"]
+
+    # the check itself: an error and a wide element are seen
+    broken = tmp_path / "broken.html"
+    wide = "<div style='width: 3000px'>x</div><script>nonsense()</script>"
+    broken.write_text(text.replace("</body>", wide + MEASURE), encoding="utf-8")
+    seen, log = open_page(broken, width)
+    assert "CONSOLE" in log
+    assert seen["scroll"] != width
+    assert seen["wide"] != []
