@@ -239,7 +239,22 @@ def train(run: Run, out: Path, identity: Identity) -> None:
     teacher = target.model.get_output_embeddings().weight[vocab.target_ids.to(target.device)]
     log = run.folder / "training.jsonl"
     found = training(head, teacher, store, kept, dev, o.train, out, log, {**identity, "covered": round(covered, 4)})
+    _say_saved(run, log)
     console.say(f"best checkpoint: step {found['best_step']} of {found['steps']}, dev acceptance length {found['dev_acceptance_length']:.3f}")
+
+
+def _say_saved(run: Run, log: Path) -> None:
+    """What selection saved: the same epochs over all samples would have taken so much longer."""
+    selection = read_selection(run)
+    steps = [row for row in artefacts.read_jsonl(log) if "loss" in row]
+    seconds = sum(float(row["seconds"]) for row in steps)
+    left_out = selection.positions_total - selection.positions_kept
+    if left_out and selection.positions_kept:
+        saved = seconds * left_out / selection.positions_kept
+        console.say(
+            f"selection saved {console.duration(saved)}: as many epochs over all samples would have taken "
+            f"{console.duration(seconds + saved)} instead of {console.duration(seconds)} of training"
+        )
 
 
 def fresh_head(run: Run, vocab: VocabMap) -> Eagle3:

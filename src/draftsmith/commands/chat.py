@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-import os
+import math
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from draftsmith.api import Model, Stream, TextPiece, load, run_target
+from draftsmith.commands.terminal import coloured, write_styled
 from draftsmith.foundation import console
 from draftsmith.foundation.errors import UserError
 
@@ -82,9 +82,12 @@ def converse(
         except UserError:
             messages.pop()
             raise
-        messages.append({"role": "assistant", "content": reply})
+        if reply is None:
+            messages.pop()
+        else:
+            messages.append({"role": "assistant", "content": reply})
 
-    if model.composition is not None and _coloured():
+    if model.composition is not None and coloured():
         _legend()
     if prompt is not None:
         answer(prompt)
@@ -108,15 +111,15 @@ def converse(
                 console.error(f"{problem}; /new starts a new conversation")
 
 
-def _show(stream: Stream) -> str:
-    """Write an answer as it comes, and what it took; Ctrl-C ends it early. Returns its text."""
+def _show(stream: Stream) -> str | None:
+    """Write an answer as it comes, and what it took; Ctrl-C ends it early. Returns its text, None if nothing came."""
     started = time.perf_counter()
     pieces: list[TextPiece] = []
     stopped = False
     try:
         for piece in stream:
             pieces.append(piece)
-            _write(piece)
+            write_styled(piece.texts, map(style, piece.owners, piece.depths))
     except KeyboardInterrupt:
         stopped = True
         stream.close()
@@ -130,19 +133,11 @@ def _show(stream: Stream) -> str:
         # an answer that was stopped was never cut: its pieces are whole rounds, after the prefill's token
         rounds = len(pieces) - 1
         length = (tokens - 1) / rounds if rounds > 0 else float("nan")
-    accepted = "" if length != length else f", acceptance length {length:.2f}"
+    accepted = "" if math.isnan(length) else f", acceptance length {length:.2f}"
     speed = f", {tokens / seconds:.1f} tokens/s" if tokens and seconds > 0 else ""
     end = " (stopped)" if stopped else ""
     console.say(f"[{tokens} token{'s' * (tokens != 1)} in {console.duration(seconds)}{speed}{accepted}]{end}")
-    return "".join(piece.text for piece in pieces)
-
-
-def _write(piece: TextPiece) -> None:
-    """A round's tokens, neighbours of one colour together."""
-    styled = zip(piece.texts, map(style, piece.owners, piece.depths), strict=True)
-    for colour, group in itertools.groupby(styled, key=lambda item: item[1]):
-        if text := "".join(text for text, _ in group):
-            console.write(text, colour)
+    return "".join(piece.text for piece in pieces) if pieces else None
 
 
 def style(owner: int, depth: int) -> str:
@@ -159,10 +154,6 @@ def _legend() -> None:
     for depth in range(1, deepest + 1):
         console.write(f" {depth}{'+' * (depth == deepest)}", style(0, depth))
     console.say("")
-
-
-def _coloured() -> bool:
-    return (sys.stdout.isatty() or bool(os.environ.get("FORCE_COLOR"))) and not os.environ.get("NO_COLOR")
 
 
 def _keyboard() -> str:

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from draftsmith.data import features, regenerate
+from draftsmith.api import run_target
+from draftsmith.commands.terminal import coloured, write_styled
+from draftsmith.data import features
 from draftsmith.data.conversations import Conversation, Message, from_row, read_conversations
 from draftsmith.data.features import FeatureStore, StoredSample
 from draftsmith.data.samples import samples_of
@@ -29,7 +31,8 @@ def inspect(path: Path, row: int = 0, flatness: bool = False, target: str | None
         path: an artefact's folder, or a data file (jsonl, json, parquet, a folder of them).
         row: which conversation or sample, counted from 0.
         flatness: colour the answer's tokens by how flat the target's distribution was; feature stores only.
-        target: whose tokenizer and template are used; without one conversations are shown as text, samples as ids.
+        target: whose tokenizer and template are used; default: that of the run the artefact lies in. Without any,
+            conversations are shown as text and samples as ids.
 
     Raises:
         UserError: there is nothing there, it is damaged, has no such row, or holds no flatness.
@@ -37,26 +40,25 @@ def inspect(path: Path, row: int = 0, flatness: bool = False, target: str | None
     kind = _artefact(path) if (path / artefacts.MANIFEST).is_file() else None
     if flatness and kind != features.KIND:
         raise UserError(f"{path} is no feature store, so it holds no flatness: give the folder that `score` wrote")
+    target = target or _run_target(path)
     if kind == features.KIND:
         if (path / "index.jsonl").is_file():
             _show_sample(FeatureStore(path, checksums=False), row, flatness, target, path)
-        return
-    if kind == regenerate.KIND:
-        _show_conversation(regenerate.read(path), row, target, path)
-    elif kind == "prompts":
-        found = [
-            from_row(one)
-            for name in sorted(path.glob("*.jsonl"))
-            for one in artefacts.read_jsonl(name)
-            if "messages" in one
-        ]
-        _show_conversation(found, row, target, path)
-    elif kind is None:
+    elif kind is not None:
+        rows = (one for name in sorted(path.glob("*.jsonl")) for one in artefacts.read_jsonl(name))
+        if found := [from_row(one) for one in rows if "messages" in one]:
+            _show_conversation(found, row, target, path)
+    else:
         conversations, quarantine = read_conversations(path)
         console.say(f"{console.count(len(conversations))} conversations; {quarantine}")
         for bad in quarantine.rows[:3]:
             console.say(f"  {bad.file}:{bad.line}: {bad.reason}")
         _show_conversation(conversations, row, target, path)
+
+
+def _run_target(path: Path) -> str | None:
+    """The target of the run that an artefact lies in."""
+    return run_target(path.parent)[0] if (path.parent / "recipe.yaml").is_file() else None
 
 
 def _artefact(folder: Path) -> str:
@@ -116,7 +118,8 @@ def _show_sample(store: FeatureStore, row: int, flatness: bool, target: str | No
     values = _flatness(sample, int(store.meta["vocab_size"]))
     borders = shade_borders([value for value in values if value is not None])
     styles = [_shade(value, borders) if value is not None else "dim" for value in values]
-    _write(texts, styles)
+    write_styled(texts, styles)
+    console.say("")
     known = [value for value in values if value is not None]
     console.say(f"{len(known)} answer tokens, mean flatness {sum(known) / max(1, len(known)):.4f}")
     if borders:
@@ -147,15 +150,16 @@ def _shade(value: float, borders: Sequence[float]) -> str:
 
 
 def _show_tokens(texts: Sequence[str], mask: Sequence[bool], complete: bool) -> None:
-    _write(texts, [ANSWER if answer else "dim" for answer in mask])
+    if coloured():
+        write_styled(texts, [ANSWER if answer else "dim" for answer in mask])
+    else:
+        # where no colour is seen, brackets stand around what is an answer's
+        for answer, group in itertools.groupby(zip(texts, mask, strict=True), key=lambda item: item[1]):
+            text = "".join(text for text, _ in group)
+            console.write(f"⟦{text}⟧" if answer else text)
+    console.say("")
     cut = "" if complete else "; cut at the limit, so it teaches no end"
     console.say(f"{len(texts)} tokens, {sum(mask)} of them the answer's{cut}")
-
-
-def _write(texts: Sequence[str], styles: Sequence[str]) -> None:
-    for style, group in itertools.groupby(zip(texts, styles, strict=True), key=lambda item: item[1]):
-        console.write("".join(text for text, _ in group), style)
-    console.say("")
 
 
 def _checked(row: int, count: int, path: Path, what: str) -> int:

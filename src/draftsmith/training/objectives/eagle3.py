@@ -19,7 +19,7 @@ from draftsmith.training.batches import TrainBatch
 class Eagle3Objective:
     """Per-token losses of an unrolled step; never reduced here."""
 
-    def __init__(self, head: Eagle3, teacher_weight: Tensor, loss: Loss, block_rows: int = 512) -> None:
+    def __init__(self, head: Eagle3, teacher_weight: Tensor, loss: Loss, block_rows: int | None = None) -> None:
         self.head = head
         self.teacher_weight = teacher_weight
         self.loss = loss
