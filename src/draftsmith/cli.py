@@ -23,10 +23,16 @@ app = typer.Typer(
 RunFolder = Annotated[Path, typer.Option("--run", help="The run's folder.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe file, or the name of one that draftsmith brings.")]
 Target = Annotated[str | None, typer.Option(help="Short for target.name=…: folder, hub id, GGUF file or smollm2.")]
-Data = Annotated[str | None, typer.Option(help="Short for data.path=…: jsonl, parquet, a folder of them, or a hub data set.")]
-Overrides = Annotated[list[str] | None, typer.Argument(help="Options of the recipe, dotted: train.seconds=60 select.ratio=0.7")]
+Data = Annotated[
+    str | None, typer.Option(help="Short for data.path=…: jsonl, parquet, a folder of them, or a hub data set.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Options of the recipe, dotted: train.seconds=60 select.ratio=0.7")
+]
 Redo = Annotated[bool, typer.Option("--redo", help="Make it again although it is there.")]
-Plan = Annotated[bool, typer.Option("--plan", help="Say what would run, how long, how much memory and disk; run nothing.")]
+Plan = Annotated[
+    bool, typer.Option("--plan", help="Say what would run, how long, how much memory and disk; run nothing.")
+]
 
 RUN = Path("runs/quickstart")
 
@@ -54,7 +60,9 @@ def quickstart(
     target: Target = None,
     data: Data = None,
     plan: Plan = False,
-    redo: Annotated[list[str] | None, typer.Option("--redo", help="A stage to make again (may be given several times).")] = None,
+    redo: Annotated[
+        list[str] | None, typer.Option("--redo", help="A stage to make again (may be given several times).")
+    ] = None,
 ) -> None:
     """The whole path: prompts, answers, selection, a trained drafter, measured, exported. Interrupted, it goes on."""
     from draftsmith.commands import stage
@@ -102,7 +110,9 @@ def export(
     overrides: Overrides = None,
     run: RunFolder = RUN,
     recipe: RecipeName = "quickstart",
-    to: Annotated[list[str] | None, typer.Option(help="vllm, sglang, speculators or gguf (may be given several times).")] = None,
+    to: Annotated[
+        list[str] | None, typer.Option(help="vllm, sglang, speculators or gguf (may be given several times).")
+    ] = None,
 ) -> None:
     """Write the run's drafter as folders that servers load, with the commands that serve them."""
     from draftsmith.commands import stage
@@ -130,7 +140,9 @@ def chat(
 def inspect(
     path: Annotated[Path, typer.Argument(help="A data file, or an artefact's folder.")],
     row: Annotated[int, typer.Option(min=0, help="Which conversation or sample.")] = 0,
-    flatness: Annotated[bool, typer.Option("--flatness", help="Colour tokens by the target's flatness (feature stores).")] = False,
+    flatness: Annotated[
+        bool, typer.Option("--flatness", help="Colour tokens by the target's flatness (feature stores).")
+    ] = False,
     target: Annotated[str, typer.Option(help="Whose tokenizer and chat template.")] = "smollm2",
 ) -> None:
     """Look at a conversation as the trainer sees it, or at what an artefact holds."""

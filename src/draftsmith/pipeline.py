@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from draftsmith import stages
+from draftsmith.data.prompts import templates_digest
 from draftsmith.foundation import artefacts, console
 from draftsmith.foundation.errors import StaleError, UserError
 from draftsmith.recipe import Recipe
@@ -34,6 +35,7 @@ class Stage:
         options: names of the recipe's parts that change its result.
         work: makes the artefact at a path with an identity.
         note: what it does, in a few words.
+        brings: fingerprint of what the package itself puts in (the templates of made prompts).
     """
 
     name: str
@@ -43,6 +45,7 @@ class Stage:
     options: tuple[str, ...]
     work: Callable[[Run, Path, dict[str, object]], None]
     note: str
+    brings: Callable[[], str] | None = None
 
 
 class Run:
@@ -68,7 +71,12 @@ class Run:
     def identity(self, stage: Stage) -> dict[str, object]:
         """What decides a stage's result: options by name, and its inputs' content."""
         options = {name: getattr(self.recipe, name).model_dump(mode="json") for name in stage.options}
-        return {"recipe": options, "inputs": {name: artefacts.checksum(self.path(name)) for name in stage.inputs}}
+        brings = {"brings": stage.brings()} if stage.brings else {}
+        return {
+            **brings,
+            "recipe": options,
+            "inputs": {name: artefacts.checksum(self.path(name)) for name in stage.inputs},
+        }
 
     def status(self, name: str) -> Status:
         """`done`, `partial`, `fresh`, `stale` or `waiting` (an input is not done)."""
@@ -128,20 +136,70 @@ class Run:
 STAGES: Mapping[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("prompts", "prompts", "prompts", (), ("data",), stages.prompts, "training, dev and test prompts"),
         Stage(
-            "regenerate", "answers", "conversations", ("prompts",), ("target", "regenerate"), stages.regenerate, "the target answers them"
+            "prompts",
+            "prompts",
+            "prompts",
+            (),
+            ("data",),
+            stages.prompts,
+            "training, dev and test prompts",
+            templates_digest,
         ),
-        Stage("score", "scores", "features", ("regenerate",), ("features",), stages.score, "statistics of every token, one target pass"),
+        Stage(
+            "regenerate",
+            "answers",
+            "conversations",
+            ("prompts",),
+            ("target", "regenerate"),
+            stages.regenerate,
+            "the target answers them",
+        ),
+        Stage(
+            "score",
+            "scores",
+            "features",
+            ("regenerate",),
+            ("features",),
+            stages.score,
+            "statistics of every token, one target pass",
+        ),
         Stage("select", "selection", "selection", ("score",), ("select",), stages.select, "which samples to train on"),
         Stage(
-            "features", "features", "features", ("regenerate", "select"), ("features",), stages.features, "hidden states of what is kept"
+            "features",
+            "features",
+            "features",
+            ("regenerate", "select"),
+            ("features",),
+            stages.features,
+            "hidden states of what is kept",
         ),
         Stage(
-            "train", "drafter", "drafter", ("features", "select"), ("drafter", "growth", "train"), stages.train, "the EAGLE-3 head"
+            "train",
+            "drafter",
+            "drafter",
+            ("features", "select"),
+            ("drafter", "growth", "train"),
+            stages.train,
+            "the EAGLE-3 head",
         ),
-        Stage("tune", "growth", "growth", ("train", "features"), ("tune",), stages.tune, "the draft tree that pays here, chosen on dev"),
-        Stage("bench", "bench", "bench", ("prompts", "train", "tune"), ("bench",), stages.bench, "plain against speculative on test"),
+        Stage(
+            "tune",
+            "growth",
+            "growth",
+            ("train", "features"),
+            ("tune",),
+            stages.tune,
+            "the draft tree that pays here, chosen on dev",
+        ),
+        Stage(
+            "bench",
+            "bench",
+            "bench",
+            ("prompts", "train", "tune"),
+            ("bench",),
+            stages.bench,
+            "plain against speculative on test",
+        ),
     )
 }
-

@@ -77,7 +77,15 @@ def show(run: Run, until: str | None = None) -> None:
     for name in names:
         status = run.status(name)
         done = status == "done"
-        rows.append([name, STAGES[name].note, status, "–" if done else console.duration(seconds[name]), console.size(disk.get(name, 1 << 20))])
+        rows.append(
+            [
+                name,
+                STAGES[name].note,
+                status,
+                "–" if done else console.duration(seconds[name]),
+                console.size(disk.get(name, 1 << 20)),
+            ]
+        )
     console.table("Plan (estimates for this machine)", ["stage", "what", "state", "time", "disk"], rows)
     total = sum(seconds[n] for n in names if run.status(n) != "done")
     memory = parameters * 2 + 12 * 9.8e6 + store + (1 << 30)

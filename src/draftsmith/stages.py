@@ -33,12 +33,14 @@ from draftsmith.foundation import artefacts, console, provenance, seeding
 from draftsmith.foundation.errors import StaleError, UserError
 from draftsmith.foundation.options import validate
 from draftsmith.numerics.distributions import TokenStatistics, flatness_from_log_norm
-from draftsmith.selection.samples import ScoredSample, Selection, select as choose
+from draftsmith.selection.samples import ScoredSample, Selection
+from draftsmith.selection.samples import select as choose
 from draftsmith.selection.scores import SCORES, Evidence, token_scores
 from draftsmith.target.detokenise import token_texts
 from draftsmith.target.protocol import FeatureSpec
 from draftsmith.target.vocabulary import VocabMap
-from draftsmith.training.trainer import Dev, train as training
+from draftsmith.training.trainer import Dev
+from draftsmith.training.trainer import train as training
 
 if TYPE_CHECKING:
     from draftsmith.pipeline import Run
@@ -60,16 +62,22 @@ def prompts(run: Run, out: Path, identity: Identity) -> None:
             found, quarantine = read_conversations(o.path)
             if quarantine.rows:
                 quarantine.write(scratch / "quarantine.jsonl")
-                console.warn(f"{len(quarantine)} rows set aside ({quarantine}); they are listed in {out / 'quarantine.jsonl'}")
+                console.warn(
+                    f"{len(quarantine)} rows set aside ({quarantine}); they are listed in {out / 'quarantine.jsonl'}"
+                )
             parts = _parted(found, (o.train, o.dev, o.test), o.seed, o.path)
         for split, rows in parts.items():
             artefacts.write_jsonl(scratch / f"{split}.jsonl", (to_row(c) for c in rows))
         console.say(", ".join(f"{len(rows)} {split}" for split, rows in parts.items()) + " prompts")
 
 
-def _parted(found: list[Conversation], counts: tuple[int, int, int], seed: int, name: str) -> dict[str, list[Conversation]]:
+def _parted(
+    found: list[Conversation], counts: tuple[int, int, int], seed: int, name: str
+) -> dict[str, list[Conversation]]:
     if len(found) < 3:
-        raise UserError(f"{name}: {len(found)} usable conversations are too few; train, dev and test need at least one each")
+        raise UserError(
+            f"{name}: {len(found)} usable conversations are too few; train, dev and test need at least one each"
+        )
     train, dev, test = counts
     # Few conversations: dev and test take at most a fifth each.
     dev, test = min(dev, max(1, len(found) // 5)), min(test, max(1, len(found) // 5))
@@ -148,7 +156,9 @@ def select(run: Run, out: Path, identity: Identity) -> None:
     sources = {c.id: _set_of(c) for c in read_prompts(run, "train")}
     groups: dict[str, list[str]] = {}
     for i in ids:
-        groups.setdefault(sources[i if i in sources else i.rsplit("#", 1)[0]] if run.recipe.select.within_sets else "", []).append(i)
+        groups.setdefault(
+            sources[i if i in sources else i.rsplit("#", 1)[0]] if run.recipe.select.within_sets else "", []
+        ).append(i)
     chosen = _joined([choose(_scored(run, store, group), run.recipe.select) for group in groups.values()], ids)
     kept = set(chosen.kept)
     with artefacts.writing(out, "selection", identity) as scratch:
@@ -234,13 +244,17 @@ def train(run: Run, out: Path, identity: Identity) -> None:
     written = torch.cat([torch.tensor(a.ids[a.prompt_length :]) for a in dev.answers])
     covered = vocab.coverage(torch.bincount(written, minlength=target.spec.vocab_size))
     filled = f"; {vocab.filled} of them were never written and fill it up" if vocab.filled else ""
-    console.say(f"draft vocabulary of {console.count(vocab.size)} tokens covers {covered:.1%} of the dev answers{filled}")
+    console.say(
+        f"draft vocabulary of {console.count(vocab.size)} tokens covers {covered:.1%} of the dev answers{filled}"
+    )
     head = fresh_head(run, vocab)
     teacher = target.model.get_output_embeddings().weight[vocab.target_ids.to(target.device)]
     log = run.folder / "training.jsonl"
     found = training(head, teacher, store, kept, dev, o.train, out, log, {**identity, "covered": round(covered, 4)})
     _say_saved(run, log)
-    console.say(f"best checkpoint: step {found['best_step']} of {found['steps']}, dev acceptance length {found['dev_acceptance_length']:.3f}")
+    console.say(
+        f"best checkpoint: step {found['best_step']} of {found['steps']}, dev acceptance length {found['dev_acceptance_length']:.3f}"
+    )
 
 
 def _say_saved(run: Run, log: Path) -> None:
@@ -312,7 +326,9 @@ def tune(run: Run, out: Path, identity: Identity) -> None:
     )
     with artefacts.writing(out, "growth", identity) as scratch:
         artefacts.write_json(scratch / "growth.json", best["growth"])
-        artefacts.write_json(scratch / "profile.json", {"verify_ms": {str(n): c for n, c in costs.items()}, "growths": rows})
+        artefacts.write_json(
+            scratch / "profile.json", {"verify_ms": {str(n): c for n, c in costs.items()}, "growths": rows}
+        )
 
 
 def chosen_growth(run_folder: Path) -> GrowthOptions:
@@ -376,7 +392,11 @@ def facts(run: Run) -> dict[str, object]:
     return {
         "data": f"{asked}; {answers}; {len(selection.kept)} samples kept by {o.select.method}, {selection.tokens_kept} answer tokens",
         "training": f"EAGLE-3, {o.drafter.draft_vocab_size} draft tokens, {training['steps']} steps, best checkpoint at {training['best_step']}",
-        "training_cost": {name: f"{seconds:.0f} s" for name, seconds in run.seconds().items() if name not in ("bench", "report and export")},
+        "training_cost": {
+            name: f"{seconds:.0f} s"
+            for name, seconds in run.seconds().items()
+            if name not in ("bench", "report and export")
+        },
         "acceptance": [
             {
                 "set": row["set"],

@@ -76,7 +76,12 @@ def estimated_bytes(positions: int, want: FeatureSpec, hidden_size: int, item_by
 
 
 def store(
-    target: HFTarget, samples: Sequence[Sample], want: FeatureSpec, options: PassOptions, out: Path, meta: Mapping[str, object]
+    target: HFTarget,
+    samples: Sequence[Sample],
+    want: FeatureSpec,
+    options: PassOptions,
+    out: Path,
+    meta: Mapping[str, object],
 ) -> Path:
     """Read all samples and store statistics and the wanted hidden states as the artefact `out` (kind "features").
 
@@ -111,7 +116,13 @@ def store(
             start = 0
             for i in batch:
                 sample = samples[i]
-                row = {"id": sample.id, "shard": number, "start": start, "length": len(sample.ids), "complete": sample.complete}
+                row = {
+                    "id": sample.id,
+                    "shard": number,
+                    "start": start,
+                    "length": len(sample.ids),
+                    "complete": sample.complete,
+                }
                 index.append((i, row))
                 start += len(sample.ids)
         artefacts.write_jsonl(scratch / "index.jsonl", (row for _, row in sorted(index, key=lambda item: item[0])))

@@ -7,6 +7,7 @@ share no template and no wording, word problems no formula either.
 from __future__ import annotations
 
 import ast
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,6 +105,14 @@ def load(name: str) -> PromptSet:
         slots={slot: tuple(map(str, words)) for slot, words in data["slots"].items()},
         splits={split: tuple(_template(row) for row in data[split]) for split in SPLITS},
     )
+
+
+def templates_digest() -> str:
+    """Fingerprint of all templates, sha256[:16]: other templates make other prompts."""
+    digest = hashlib.sha256()
+    for file in SETS.values():
+        digest.update(resources.files("draftsmith.data").joinpath(file).read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def fill(

@@ -28,7 +28,9 @@ FILE = "conversations.jsonl"
 class RegenerateOptions(Options):
     """How the target writes its answers."""
 
-    max_new_tokens: int = Field(default=128, ge=1, description="tokens of an answer at most; a cut answer is marked, and teaches no end")
+    max_new_tokens: int = Field(
+        default=128, ge=1, description="tokens of an answer at most; a cut answer is marked, and teaches no end"
+    )
     batch: int = Field(default=64, ge=1, description="prompts decoded together")
     sampling: Sampling = Field(default=Sampling(), description="greedy by default")
 
@@ -157,7 +159,12 @@ def _before(job: Job, written: dict[str, Conversation]) -> list[Message]:
 
 
 def _answered(
-    job: Job, messages: list[Message], prompt: Sequence[int], event: Written, options: RegenerateOptions, target: HFTarget
+    job: Job,
+    messages: list[Message],
+    prompt: Sequence[int],
+    event: Written,
+    options: RegenerateOptions,
+    target: HFTarget,
 ) -> Conversation:
     text = target.tokenizer.decode(event.token_ids, skip_special_tokens=True)
     answer = Answer(

@@ -40,7 +40,9 @@ def load_drafter(folder: Path, target: HFTarget, dtype: torch.dtype | None = Non
     artefacts.opened(folder, KIND, {"target": target.spec.fingerprint}, checksums=checksums)
     config = artefacts.read_json(folder / "config.json")
     if config.get("kind") != "eagle3":
-        raise UserError(f"{folder / 'config.json'}: drafters of kind {config.get('kind')!r} are not known to this version")
+        raise UserError(
+            f"{folder / 'config.json'}: drafters of kind {config.get('kind')!r} are not known to this version"
+        )
     options = validate(Eagle3Options, config["options"], str(folder / "config.json"))
     tensors = artefacts.load_tensors(folder / "model.safetensors")
     vocab = VocabMap.from_d2t(tensors.pop("d2t"), options.vocab_size)

@@ -21,10 +21,14 @@ def stored_answer(sample: StoredSample) -> StoredAnswer:
     start = end
     while start and mask[start - 1]:
         start -= 1
-    return StoredAnswer(sample.ids[:end].tolist(), start, {k: v[:end] for k, v in sample.hidden.items()}, sample.complete)
+    return StoredAnswer(
+        sample.ids[:end].tolist(), start, {k: v[:end] for k, v in sample.hidden.items()}, sample.complete
+    )
 
 
-def replay(composition: Composition, spec: TargetSpec, answers: Sequence[StoredAnswer], batch: int = 64) -> list[Generation]:
+def replay(
+    composition: Composition, spec: TargetSpec, answers: Sequence[StoredAnswer], batch: int = 64
+) -> list[Generation]:
     """The rounds that the engine would take to write these answers, in exact arithmetic the same as decoding them anew."""
     order = sorted(range(len(answers)), key=lambda i: -len(answers[i].ids))
     found: dict[int, Generation] = {}

@@ -21,9 +21,8 @@ from draftsmith.foundation.errors import UserError
 # Runs a head on stored inputs: (head, inputs by name) → outputs by name.
 Forward = Callable[[HeadCheckpoint, Mapping[str, Tensor]], Mapping[str, Tensor]]
 
-GOLDEN_TOLERANCE = (
-    1e-3  # of the output's norm: another machine's kernels differ by less, a wrong weight or RoPE by more
-)
+# Of the output's norm: another machine's kernels differ by less, a wrong weight or RoPE by more.
+GOLDEN_TOLERANCE = 1e-3
 
 
 def check(

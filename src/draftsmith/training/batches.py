@@ -53,7 +53,9 @@ def counted_starts(mask: Tensor, steps: int) -> Tensor:
     return torch.stack(rows)
 
 
-def epoch_plan(lengths: Sequence[int], row_length: int, batch_positions: int, seed: int, epoch: int) -> list[list[list[int]]]:
+def epoch_plan(
+    lengths: Sequence[int], row_length: int, batch_positions: int, seed: int, epoch: int
+) -> list[list[list[int]]]:
     """An epoch's batches: each a list of rows, each row the samples that stand in it, in a keyed random order.
 
     Samples go first-fit into the batch's open rows of `row_length` positions (a longer sample gets a row of its own), so a batch is
@@ -113,7 +115,12 @@ def collate(rows: Sequence[Sequence[StoredSample]], wants: FeatureSpec, steps: i
     starts, active = _compact(counted[0])
     picked = counted.gather(2, starts.expand(steps, -1, -1)) & active
     unroll = UnrollBatch(
-        ids.to(device), joined.to(device), segments.to(device), positions.to(device), starts.to(device), active.to(device)
+        ids.to(device),
+        joined.to(device),
+        segments.to(device),
+        positions.to(device),
+        starts.to(device),
+        active.to(device),
     )
     return TrainBatch(
         unroll, final.to(device), log_z.to(device), picked.to(device), segments.gather(1, starts).to(device), real

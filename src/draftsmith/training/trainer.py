@@ -42,9 +42,13 @@ class TrainOptions(Options):
     """How a head is trained. Either `steps` or `seconds` says how long."""
 
     steps: int | None = Field(default=None, ge=1, description="optimiser steps")
-    seconds: float | None = Field(default=None, gt=0, description="time box: the number of steps is fixed after three timed ones")
+    seconds: float | None = Field(
+        default=None, gt=0, description="time box: the number of steps is fixed after three timed ones"
+    )
     learning_rate: float = Field(default=1e-3, gt=0, description="the largest, after warm-up")
-    warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps with a rising learning rate; cosine to 0 after it")
+    warmup: float = Field(
+        default=0.05, ge=0, lt=1, description="share of the steps with a rising learning rate; cosine to 0 after it"
+    )
     weight_decay: float = Field(default=0.01, ge=0)
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's")
     clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
@@ -54,9 +58,15 @@ class TrainOptions(Options):
     loss: str = Field(default="forward-kl", description="divergence from the target's distribution")
     row_length: int = Field(default=512, ge=16, description="positions of a packed row")
     batch_positions: int = Field(default=2048, ge=16, description="positions of a step")
-    precision: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="of the matrix products; weights are float32")
-    evaluations: int = Field(default=6, ge=1, description="replays of the dev answers during training, the last at the end")
-    ema: float = Field(default=0.0, ge=0, lt=1, description="decay of the averaged weights, which are then validated and kept; 0: none")
+    precision: Literal["bfloat16", "float32"] = Field(
+        default="bfloat16", description="of the matrix products; weights are float32"
+    )
+    evaluations: int = Field(
+        default=6, ge=1, description="replays of the dev answers during training, the last at the end"
+    )
+    ema: float = Field(
+        default=0.0, ge=0, lt=1, description="decay of the averaged weights, which are then validated and kept; 0: none"
+    )
     seed: int = 0
 
 
@@ -141,7 +151,11 @@ class _Training:
             raise UserError("train: no samples to train on")
         self.objective = Eagle3Objective(head, teacher_weight, losses.by_name(options.loss))
         self.optimiser = torch.optim.AdamW(
-            head.parameters(), lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay, foreach=True
+            head.parameters(),
+            lr=options.learning_rate,
+            betas=options.betas,
+            weight_decay=options.weight_decay,
+            foreach=True,
         )
         self.average = {n: p.detach().clone() for n, p in head.named_parameters()} if options.ema else None
         self.best, self.best_step = 0.0, 0
@@ -160,7 +174,9 @@ class _Training:
                     if bool(batch.counted[0].any()):
                         yield batch
                     else:
-                        raise UserError("train: a batch has no answer token to learn from; check the answer masks with `inspect`")
+                        raise UserError(
+                            "train: a batch has no answer token to learn from; check the answer masks with `inspect`"
+                        )
                 step += 1
             epoch += 1
 
@@ -215,7 +231,11 @@ class _Training:
         """Train from the last checkpoint (or the start) to the end; returns the best weights."""
         first = self._restore()
         every = max(1, math.ceil(steps / self.options.evaluations))
-        rows = [row for row in artefacts.read_jsonl(self.log) if row["step"] <= first] if first and self.log.is_file() else []
+        rows = (
+            [row for row in artefacts.read_jsonl(self.log) if row["step"] <= first]
+            if first and self.log.is_file()
+            else []
+        )
         started = time.perf_counter()
         with console.progress("training", steps, "steps") as bar:
             bar.advance(first)
@@ -226,12 +246,21 @@ class _Training:
                 seconds = time.perf_counter() - begun
                 speed = batch.positions / seconds
                 rows.append(
-                    {"step": step + 1, "loss": by_step[0], "loss_by_step": by_step, "lr": rate, "seconds": seconds, "positions_per_second": speed}
+                    {
+                        "step": step + 1,
+                        "loss": by_step[0],
+                        "loss_by_step": by_step,
+                        "lr": rate,
+                        "seconds": seconds,
+                        "positions_per_second": speed,
+                    }
                 )
                 bar.advance(1, loss=round(by_step[0], 3), **{"positions/s": round(speed)})
                 if (step + 1) % every == 0 or step + 1 == steps:
                     found = self.evaluate()
-                    rows.append({"step": step + 1, "dev_acceptance_length": found, "seconds": time.perf_counter() - started})
+                    rows.append(
+                        {"step": step + 1, "dev_acceptance_length": found, "seconds": time.perf_counter() - started}
+                    )
                     bar.note(f"step {step + 1}: acceptance length on dev {found:.3f}")
                     if found > self.best:
                         self.best, self.best_step = found, step + 1

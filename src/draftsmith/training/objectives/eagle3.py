@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.drafters.eagle3 import Eagle3, StepOut
-from draftsmith.numerics.losses import chunked_head_loss
-from draftsmith.numerics.losses import Loss
+from draftsmith.numerics.losses import Loss, chunked_head_loss
 from draftsmith.training.batches import TrainBatch
 
 
