@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import torch
-from tests.tiny import _config
-from tests.unit.target.tokenizers_for_tests import CHATML, byte_tokenizer
 from torch import Tensor
 
 from draftsmith.data.conversations import Conversation, Message
@@ -19,6 +17,8 @@ from draftsmith.target.model import HFTarget
 from draftsmith.target.protocol import FeatureSpec
 from draftsmith.target.sampling import Sampling
 from draftsmith.target.vocabulary import VocabMap
+from tests.tiny import _config
+from tests.unit.target.tokenizers_for_tests import CHATML, byte_tokenizer
 
 VOCAB = 270
 

@@ -21,7 +21,10 @@ app = typer.Typer(
 )
 
 RunFolder = Annotated[Path, typer.Option("--run", help="The run's folder.")]
-RecipeName = Annotated[str, typer.Option("--recipe", help="A recipe file, or the name of one that draftsmith brings.")]
+RecipeName = Annotated[
+    str | None,
+    typer.Option("--recipe", help="A recipe file, or the name of one that draftsmith brings; default: the run's own."),
+]
 Target = Annotated[str | None, typer.Option(help="Short for target.name=…: folder, hub id, GGUF file or smollm2.")]
 Data = Annotated[
     str | None, typer.Option(help="Short for data.path=…: jsonl, parquet, a folder of them, or a hub data set.")
@@ -56,7 +59,7 @@ def _root(
 def quickstart(
     overrides: Overrides = None,
     run: RunFolder = RUN,
-    recipe: RecipeName = "quickstart",
+    recipe: RecipeName = None,
     target: Target = None,
     data: Data = None,
     plan: Plan = False,
@@ -74,7 +77,7 @@ def _register(name: str, text: str) -> None:
     def command(
         overrides: Overrides = None,
         run: RunFolder = RUN,
-        recipe: RecipeName = "quickstart",
+        recipe: RecipeName = None,
         target: Target = None,
         data: Data = None,
         redo: Redo = False,
@@ -98,7 +101,7 @@ _register("bench", "Plain against speculative decoding on test prompts, in the s
 
 
 @app.command()
-def report(run: RunFolder = RUN, recipe: RecipeName = "quickstart", overrides: Overrides = None) -> None:
+def report(run: RunFolder = RUN, recipe: RecipeName = None, overrides: Overrides = None) -> None:
     """Write the run's report.html and summary.json anew."""
     from draftsmith.commands import stage
 
@@ -109,7 +112,7 @@ def report(run: RunFolder = RUN, recipe: RecipeName = "quickstart", overrides: O
 def export(
     overrides: Overrides = None,
     run: RunFolder = RUN,
-    recipe: RecipeName = "quickstart",
+    recipe: RecipeName = None,
     to: Annotated[
         list[str] | None, typer.Option(help="vllm, sglang, speculators or gguf (may be given several times).")
     ] = None,
@@ -118,6 +121,33 @@ def export(
     from draftsmith.commands import stage
 
     stage.export(run, recipe, overrides or [], to or ["vllm"])
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="A checkpoint folder of any known make.")],
+    target: Annotated[str, typer.Option(help="What it drafts for.")] = "smollm2",
+) -> None:
+    """Say what is wrong with a checkpoint: keys, shapes, maps, layer ids, RoPE, a stored pass. Exit code 1: errors."""
+    from draftsmith.commands import handover
+
+    if not handover.check(folder, target):
+        raise typer.Exit(1)
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="A public EAGLE-3 or speculators checkpoint.")],
+    out: Annotated[Path, typer.Option(help="The drafter's folder.")],
+    target: Annotated[str, typer.Option(help="What it drafts for.")] = "smollm2",
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="A field that the checkpoint leaves open: field=value.")
+    ] = None,
+) -> None:
+    """Make a drafter of a checkpoint from elsewhere."""
+    from draftsmith.commands import handover
+
+    handover.bring_in(folder, out, target, setting or [])
 
 
 @app.command()
@@ -143,7 +173,7 @@ def inspect(
     flatness: Annotated[
         bool, typer.Option("--flatness", help="Colour tokens by the target's flatness (feature stores).")
     ] = False,
-    target: Annotated[str, typer.Option(help="Whose tokenizer and chat template.")] = "smollm2",
+    target: Annotated[str | None, typer.Option(help="Whose tokenizer and template; default: the run's.")] = None,
 ) -> None:
     """Look at a conversation as the trainer sees it, or at what an artefact holds."""
     from draftsmith.commands.inspect import inspect as look

@@ -1,14 +1,15 @@
 """A run: stages from prompts to a checkpoint that a server loads, each a folder with a fingerprint.
 
-A stage is *done* (its artefact is there, made with the same options from the same inputs), *partial* (interrupted: it goes on),
-*fresh*, or *stale*: something that changes its result is different now, which is refused with the field's name unless `redo` is said.
-One process runs them all; the target is loaded when the first stage needs it.
+A stage is *done* (its artefact is there, made with the same options from the same inputs), *partial* (interrupted: it
+goes on), *fresh*, or *stale*: something that changes its result is different now, which is refused with the field's
+name unless `redo` is said. One process runs them all; the target is loaded when the first stage needs it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 
 from draftsmith import stages
-from draftsmith.data.prompts import templates_digest
+from draftsmith.finish import finish
 from draftsmith.foundation import artefacts, console
 from draftsmith.foundation.errors import StaleError, UserError
 from draftsmith.recipe import Recipe
@@ -32,10 +33,11 @@ class Stage:
     Attributes:
         name: as a subcommand; folder: its artefact in the run's folder; kind: of the artefact.
         inputs: stages whose artefacts it reads.
-        options: names of the recipe's parts that change its result.
+        options: the recipe's options, or groups of them, that change its result, dotted.
         work: makes the artefact at a path with an identity.
         note: what it does, in a few words.
-        brings: fingerprint of what the package itself puts in (the templates of made prompts).
+        source: fingerprint of what comes from outside the run (the user's files, the templates of made prompts); None
+            where that can't be told, which is no difference.
     """
 
     name: str
@@ -45,7 +47,7 @@ class Stage:
     options: tuple[str, ...]
     work: Callable[[Run, Path, dict[str, object]], None]
     note: str
-    brings: Callable[[], str] | None = None
+    source: Callable[[Recipe], str | None] | None = None
 
 
 class Run:
@@ -68,69 +70,137 @@ class Run:
         """Where a stage's artefact stands."""
         return self.folder / STAGES[stage].folder
 
+    def made(self, stage: str) -> bool:
+        """Whether there is an artefact of a stage, of whatever options."""
+        return (self.path(stage) / artefacts.MANIFEST).is_file()
+
     def identity(self, stage: Stage) -> dict[str, object]:
-        """What decides a stage's result: options by name, and its inputs' content."""
-        options = {name: getattr(self.recipe, name).model_dump(mode="json") for name in stage.options}
-        brings = {"brings": stage.brings()} if stage.brings else {}
-        return {
-            **brings,
-            "recipe": options,
-            "inputs": {name: artefacts.checksum(self.path(name)) for name in stage.inputs},
-        }
+        """What decides a stage's result: options by name, its inputs' content, and what comes from outside."""
+        out: dict[str, object] = {"recipe": self._options(stage)}
+        if all(map(self.made, stage.inputs)):
+            out["inputs"] = {name: artefacts.checksum(self.path(name)) for name in stage.inputs}
+        if stage.source is not None and (found := stage.source(self.recipe)) is not None:
+            out["source"] = found
+        return out
+
+    def _options(self, stage: Stage) -> dict[str, object]:
+        values = self.recipe.model_dump(mode="json")
+        out: dict[str, object] = {}
+        for dotted in stage.options:
+            group, _, name = dotted.partition(".")
+            if name:
+                within = out.setdefault(group, {})
+                assert isinstance(within, dict)
+                within[name] = values[group][name]
+            else:
+                out[group] = values[group]
+        return out
 
     def status(self, name: str) -> Status:
         """`done`, `partial`, `fresh`, `stale` or `waiting` (an input is not done)."""
-        stage = STAGES[name]
-        if any(self.status(needed) != "done" for needed in stage.inputs):
+        if any(self.status(needed) != "done" for needed in STAGES[name].inputs):
             return "waiting"
-        path = self.path(name)
-        if not (path / artefacts.MANIFEST).is_file():
-            return "partial" if artefacts.partial(path).exists() else "fresh"
+        if not self.made(name):
+            return "partial" if artefacts.partial(self.path(name)).exists() else "fresh"
+        return "stale" if self.refusal(name) else "done"
+
+    def refusal(self, name: str) -> StaleError | None:
+        """Why the artefact that a stage has can't be taken for what the recipe asks for; None if it can."""
+        stage, path = STAGES[name], self.path(name)
+        if not self.made(name):
+            return None
         try:
             artefacts.opened(path, stage.kind, self.identity(stage), checksums=False)
-        except StaleError:
-            return "stale"
-        return "done"
+        except StaleError as problem:
+            part, _, field = problem.field.partition(".")
+            again = f"make it again (`draftsmith {name} --redo`, or `draftsmith quickstart --redo {name}`)"
+            if part == "recipe":
+                text = f"was made with {field} {problem.stored}, and that is {problem.wanted} now: {again}, or change "
+                return StaleError(f"{path} {text}{field} back", field, problem.stored, problem.wanted)
+            if part == "inputs":
+                return StaleError(f"{path} was made from another {self.path(field)} than there is now: {again}", field)
+            origin = self.recipe.data.path or "draftsmith's own templates"
+            return StaleError(f"{path} was made before {origin} changed: {again}", problem.field)
+        return None
+
+    def refuse_stale(self, names: Collection[str], redo: Collection[str] = ()) -> None:
+        """Check before anything is done that no stage of `names` has an artefact of other options.
+
+        Raises:
+            StaleError: one has, and neither it nor one of its inputs is in `redo`.
+        """
+        anew: set[str] = set()
+        for name in STAGES:
+            if name in redo or anew & set(STAGES[name].inputs):
+                anew.add(name)
+            elif name in names and (refusal := self.refusal(name)):
+                raise refusal
 
     def run(self, name: str, redo: bool = False) -> None:
         """Bring one stage to `done`.
 
         Raises:
-            UserError: an input is missing; StaleError: the artefact was made otherwise and `redo` was not said.
+            UserError: an input is missing.
+            StaleError: its artefact or an input was made otherwise, and `redo` was not said.
         """
-        stage = STAGES[name]
-        for needed in stage.inputs:
-            if not (self.path(needed) / artefacts.MANIFEST).is_file():
+        stage, path = STAGES[name], self.path(name)
+        for needed in needs(name):
+            if not self.made(needed):
                 raise UserError(f"{self.path(needed)} is missing: run `draftsmith {needed} --run {self.folder}` first")
-        identity = self.identity(stage)
-        path = self.path(name)
-        if (path / artefacts.MANIFEST).is_file() and not redo:
-            artefacts.opened(path, stage.kind, identity)
+        self.refuse_stale([*needs(name), name], [name] if redo else [])
+        if self.made(name) and not redo:
+            artefacts.opened(path, stage.kind)
+            artefacts.tidy(path)
             console.say(f"{name}: done before")
             return
         console.heading(f"{name}: {stage.note}")
+        anew = redo and not artefacts.partial(path).exists()
         started = time.perf_counter()
         try:
-            stage.work(self, path, identity)
+            stage.work(self, path, self.identity(stage))
         finally:
-            self.spent(name, time.perf_counter() - started)
+            self.spent(name, time.perf_counter() - started, anew)
 
-    def run_all(self, redo: Sequence[str] = ()) -> None:
-        """All stages in order; those that are done are passed over, an interrupted one goes on."""
-        for name in STAGES:
-            self.run(name, redo=name in redo)
-        stages.finish(self)
+    def run_all(self, redo: Collection[str] = ()) -> None:
+        """All stages in order; those that are done are passed over, an interrupted one goes on.
+
+        What was made from a stage in `redo` is made again too, where that has become another.
+        """
+        self.refuse_stale(STAGES, redo)
+        anew: set[str] = set()
+        for name, stage in STAGES.items():
+            again = name in redo or (bool(anew & set(stage.inputs)) and self.status(name) == "stale")
+            self.run(name, redo=again)
+            if again:
+                anew.add(name)
+        finish(self)
 
     def seconds(self) -> dict[str, float]:
-        """Wall-clock seconds spent in each stage so far, interruptions included."""
-        path = self.folder / "stages.json"
-        return dict(artefacts.read_json(path)) if path.is_file() else {}
+        """Wall-clock seconds spent in each stage so far, interruptions included.
+
+        The file is for people: where it was lost or edited, the count begins again.
+        """
+        try:
+            found = artefacts.read_json(self.folder / "stages.json")
+            return {str(name): max(0.0, float(value)) for name, value in found.items()}
+        except (UserError, OSError, AttributeError, TypeError, ValueError):
+            return {}
 
     def spent(self, name: str, seconds: float, anew: bool = False) -> None:
-        """Add to a stage's time (`anew`: begin its count again)."""
+        """Add to a stage's time (`anew`: begin its count again). What can't be written down is not counted."""
         known = self.seconds()
         known[name] = round((0.0 if anew else known.get(name, 0.0)) + seconds, 3)
-        artefacts.write_json(self.folder / "stages.json", known)
+        with suppress(UserError, OSError):
+            artefacts.write_json(self.folder / "stages.json", known)
+
+
+def needs(name: str) -> list[str]:
+    """The stages whose artefacts a stage is made from, directly or not, in order."""
+    found = set(STAGES[name].inputs)
+    for other in reversed(list(STAGES)):
+        if other in found:
+            found |= set(STAGES[other].inputs)
+    return [other for other in STAGES if other in found]
 
 
 STAGES: Mapping[str, Stage] = {
@@ -144,14 +214,14 @@ STAGES: Mapping[str, Stage] = {
             ("data",),
             stages.prompts,
             "training, dev and test prompts",
-            templates_digest,
+            stages.source,
         ),
         Stage(
             "regenerate",
             "answers",
             "conversations",
             ("prompts",),
-            ("target", "regenerate"),
+            ("target.name", "target.dtype", "regenerate", "data.keep_answers"),
             stages.regenerate,
             "the target answers them",
         ),
@@ -160,7 +230,7 @@ STAGES: Mapping[str, Stage] = {
             "scores",
             "features",
             ("regenerate",),
-            ("features",),
+            ("features", "drafter.layers"),
             stages.score,
             "statistics of every token, one target pass",
         ),
@@ -170,7 +240,7 @@ STAGES: Mapping[str, Stage] = {
             "features",
             "features",
             ("regenerate", "select"),
-            ("features",),
+            ("features", "drafter.layers"),
             stages.features,
             "hidden states of what is kept",
         ),

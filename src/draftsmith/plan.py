@@ -1,4 +1,4 @@
-"""What a run would do: stage by stage, how long, how much memory and disk. Nothing is run; estimates are said to be estimates."""
+"""What a run would do: stage by stage, how long, how much memory and disk. Nothing is run, and all is estimated."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def show(run: Run, until: str | None = None) -> None:
     free = shutil.disk_usage(_existing(run.folder)).free
     here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     console.say(
-        f"{train} training, {dev} dev and {test} test prompts; about {console.count(positions)} positions; in all about "
-        f"{console.duration(total)}, {console.size(int(memory))} of memory ({console.size(here)} here) and "
+        f"{train} training, {dev} dev and {test} test prompts; about {console.count(positions)} positions; "
+        f"about {console.duration(total)}, {console.size(int(memory))} of memory ({console.size(here)} here) and "
         f"{console.size(sum(disk.values()) + len(names) * (1 << 20))} of disk ({console.size(free)} free)"
     )
     if memory > 0.9 * here:
@@ -109,7 +109,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _size(name: str) -> tuple[float, int, int]:
-    """(parameters, hidden size, layers) of a target that is here; a 135M one's where it can't be told without loading it."""
+    """(parameters, hidden size, layers) of a target folder; a 135M model's where it can't be told from here."""
     path = Path(name)
     if (path / "config.json").is_file():
         from transformers import AutoConfig

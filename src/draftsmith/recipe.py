@@ -132,5 +132,4 @@ def find(name: str) -> Path:
 
 def load(name: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and replace options by dotted assignments (`train.seconds=60`)."""
-    path = find(name)
-    return options.validate(Recipe, options.override(options.load_yaml(path), overrides), str(path))
+    return options.validate(Recipe, options.override(options.load_yaml(find(name)), overrides), "the command line")

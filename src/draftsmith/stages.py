@@ -1,9 +1,9 @@
-"""What each stage of a run does, in terms of the library's functions. `pipeline.py` says in which order and when again."""
+"""What each stage of a run does, in terms of the library's functions; `pipeline.py` says in which order."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,9 @@ import torch
 from draftsmith.data import features as feature_store
 from draftsmith.data import regenerate as regeneration
 from draftsmith.data.conversations import Conversation, from_row, read_conversations, to_row
-from draftsmith.data.features import FeatureStore, StoredSample
-from draftsmith.data.prompts import make_prompts
+from draftsmith.data.features import FeatureStore
+from draftsmith.data.prompts import make_prompts, templates_digest
+from draftsmith.data.rows import SUFFIXES
 from draftsmith.data.samples import Sample, samples_of
 from draftsmith.decoding import profile
 from draftsmith.decoding.composition import Single
@@ -24,19 +25,14 @@ from draftsmith.drafters.eagle3 import Eagle3, default_layers, eagle3_options
 from draftsmith.evaluation import bench as benching
 from draftsmith.evaluation import metrics
 from draftsmith.evaluation.replayed import replay, stored_answer
-from draftsmith.evaluation.report.report import write_report
-from draftsmith.evaluation.summary import Result, StageTime, Summary, result_table, write_summary
-from draftsmith.export import hand_over
-from draftsmith.export.adapter import golden, head_checkpoint, target_card
-from draftsmith.export.checkpoint import Exported, Extras, Serving
-from draftsmith.foundation import artefacts, console, provenance, seeding
+from draftsmith.foundation import artefacts, console, seeding
 from draftsmith.foundation.errors import StaleError, UserError
 from draftsmith.foundation.options import validate
-from draftsmith.numerics.distributions import TokenStatistics, flatness_from_log_norm
+from draftsmith.numerics.distributions import TokenStatistics
+from draftsmith.recipe import Recipe
 from draftsmith.selection.samples import ScoredSample, Selection
 from draftsmith.selection.samples import select as choose
 from draftsmith.selection.scores import SCORES, Evidence, token_scores
-from draftsmith.target.detokenise import token_texts
 from draftsmith.target.protocol import FeatureSpec
 from draftsmith.target.vocabulary import VocabMap
 from draftsmith.training.trainer import Dev
@@ -87,6 +83,24 @@ def _parted(
     return {"dev": order[:dev], "test": order[dev : dev + test], "train": order[dev + test : dev + test + train]}
 
 
+def source(recipe: Recipe) -> str | None:
+    """Fingerprint of what the prompts are made from: draftsmith's templates, or the user's files.
+
+    None where it can't be told: a hub data set, files that are gone.
+    """
+    if recipe.data.path is None:
+        return templates_digest()
+    path = Path(recipe.data.path)
+    files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES) if path.is_dir() else [path]
+    if not all(file.is_file() for file in files):
+        return None
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
 def read_prompts(run: Run, split: str) -> list[Conversation]:
     """A split of the run's prompts."""
     return [from_row(row) for row in artefacts.read_jsonl(run.path("prompts") / f"{split}.jsonl")]
@@ -96,19 +110,46 @@ def regenerate(run: Run, out: Path, identity: Identity) -> None:
     """The target answers training and dev prompts (kind "conversations")."""
     asked = read_prompts(run, "train") + read_prompts(run, "dev")
     if run.recipe.data.keep_answers:
+        if waiting := [c.id for c in asked if c.waits]:
+            raise UserError(
+                f"{len(waiting)} of {len(asked)} conversations of {run.recipe.data.path or 'the made prompts'} wait "
+                f"for an answer ({waiting[0]} for one): take them out, or set data.keep_answers=false"
+            )
         with artefacts.writing(out, regeneration.KIND, identity) as scratch:
             artefacts.write_jsonl(scratch / regeneration.FILE, (to_row(c) for c in asked))
         return
     regeneration.regenerate(run.target, asked, run.recipe.regenerate, out, identity)
 
 
-def _samples(run: Run, split: str | None = None) -> list[Sample]:
-    """The answers as token samples; of one split, or of both."""
+def _answers(run: Run, split: str | None = None) -> list[Conversation]:
+    """The answers; of one split, or of both."""
     wanted = {c.id for name in ("train", "dev") if split in (None, name) for c in read_prompts(run, name)}
-    rows = [c for c in regeneration.read(run.path("regenerate")) if c.id.rsplit("#", 1)[0] in wanted or c.id in wanted]
-    samples = [s for c in rows for s in samples_of(c, run.target.tokenizer)]
+    return [c for c in regeneration.read(run.path("regenerate")) if _asked_in(c.id, wanted)]
+
+
+def _asked_in(name: str, prompts: Container[str]) -> str | None:
+    """The prompt that a row or a sample belongs to: itself, or what stands before the `@` of a turn's number."""
+    return next((known for known in (name, name.rpartition("@")[0]) if known in prompts), None)
+
+
+def _samples(run: Run, split: str | None = None) -> list[Sample]:
+    """The answers as token samples, those that fit the target's positions."""
+    if not run.recipe.data.keep_answers:
+        artefacts.opened(run.path("regenerate"), regeneration.KIND, _made_by(run), checksums=False)
+    samples = [s for c in _answers(run, split) for s in samples_of(c, run.target.tokenizer)]
     longest = run.target.spec.max_positions
-    return [s for s in samples if len(s.ids) <= longest]
+    fitting = [s for s in samples if len(s.ids) <= longest]
+    if not fitting:
+        raise UserError(
+            f"none of the {len(samples)} {split or ''} answers fits the {longest:,} positions of the target: take "
+            "shorter conversations"
+        )
+    return fitting
+
+
+def _made_by(run: Run) -> dict[str, object]:
+    """What the artefacts of this run's target say of it."""
+    return {"target": run.target.spec.fingerprint}
 
 
 def _layers(run: Run) -> tuple[int, ...]:
@@ -116,12 +157,16 @@ def _layers(run: Run) -> tuple[int, ...]:
 
 
 def score(run: Run, out: Path, identity: Identity) -> None:
-    """Statistics of every token; with `features.store: all` the hidden states too, in the same pass (kind "features")."""
+    """Statistics of every token (kind "features"); with `features.store: all` the hidden states too, in one pass."""
     both = run.recipe.features.store == "all"
     want = FeatureSpec(_layers(run), True) if both else FeatureSpec()
     samples = _samples(run)
+    total = sum(len(samples_of(c, run.target.tokenizer)) for c in _answers(run)) if run.recipe.data.keep_answers else 0
+    if total > len(samples):
+        console.warn(f"{total - len(samples)} of {total} answers are longer than the target's positions and left out")
     _say_size(run, samples, want)
-    feature_store.store(run.target, samples, want, run.recipe.features, out, identity)
+    train = {s.id for s in _samples(run, "train")}
+    feature_store.store(run.target, samples, want, run.recipe.features, out, identity, train.__contains__)
 
 
 def _say_size(run: Run, samples: Sequence[Sample], want: FeatureSpec) -> None:
@@ -132,7 +177,11 @@ def _say_size(run: Run, samples: Sequence[Sample], want: FeatureSpec) -> None:
 
 def _scored(run: Run, store: FeatureStore, ids: Sequence[str]) -> list[ScoredSample]:
     name = run.recipe.select.method
-    texts = {c.id: c.messages[-1].content for c in regeneration.read(run.path("regenerate"))}
+    texts: dict[str, str] = {}
+    for c in _answers(run, "train"):
+        answers = [m.content for m in c.messages if m.role == "assistant"]
+        texts |= {f"{c.id}@{turn}": text for turn, text in enumerate(answers, start=1)}
+        texts[c.id] = answers[-1]
     scored = []
     for i in ids:
         sample = store[i]
@@ -151,19 +200,20 @@ def _scored(run: Run, store: FeatureStore, ids: Sequence[str]) -> list[ScoredSam
 def select(run: Run, out: Path, identity: Identity) -> None:
     """Choose the training samples (kind "selection"); what was kept is written as jsonl that any trainer takes."""
     store = FeatureStore(run.path("score"), checksums=False)
-    train = {c.id for c in read_prompts(run, "train")}
-    ids = [i for i in store.ids if i in train or i.rsplit("#", 1)[0] in train]
-    sources = {c.id: _set_of(c) for c in read_prompts(run, "train")}
+    sets = {c.id: _set_of(c) if run.recipe.select.within_sets else "" for c in read_prompts(run, "train")}
+    asked = {i: prompt for i in store.ids if (prompt := _asked_in(i, sets)) is not None}
+    ids = list(asked)
     groups: dict[str, list[str]] = {}
-    for i in ids:
-        groups.setdefault(
-            sources[i if i in sources else i.rsplit("#", 1)[0]] if run.recipe.select.within_sets else "", []
-        ).append(i)
+    for i, prompt in asked.items():
+        groups.setdefault(sets[prompt], []).append(i)
+    if not groups:
+        raise UserError("there is no training sample to choose from: take more or other training prompts (data.train)")
     chosen = _joined([choose(_scored(run, store, group), run.recipe.select) for group in groups.values()], ids)
-    kept = set(chosen.kept)
+    # a conversation that gave several samples is kept with the first of them
+    kept = {*chosen.kept, *(asked[i] for i in chosen.kept)}
     with artefacts.writing(out, "selection", identity) as scratch:
         artefacts.write_jsonl(scratch / "selection.jsonl", chosen.to_rows())
-        conversations = (c for c in regeneration.read(run.path("regenerate")) if c.id in kept)
+        conversations = (c for c in _answers(run, "train") if c.id in kept)
         artefacts.write_jsonl(scratch / "kept.jsonl", (to_row(c) for c in conversations))
     share = 1 - chosen.positions_kept / max(1, chosen.positions_total)
     console.say(
@@ -197,9 +247,13 @@ def read_selection(run: Run) -> Selection:
 
 
 def features(run: Run, out: Path, identity: Identity) -> None:
-    """Hidden states of the kept training samples and the dev samples; nothing to do where the score pass stored them."""
+    """Hidden states of kept training samples and dev samples; nothing to do where the score pass stored them."""
     if run.recipe.features.store == "all":
-        with artefacts.writing(out, feature_store.KIND, {**identity, "stored_by": "score"}):
+        scores = run.path("score")
+        with artefacts.writing(out, feature_store.KIND, identity) as scratch:
+            # what reads this stage's artefact has to notice when the store is another one
+            stored = {"stored_in": scores.name, "checksum": artefacts.checksum(scores)}
+            artefacts.write_json(scratch / "stored.json", stored)
             console.say("stored by the score pass")
         return
     kept = set(read_selection(run).kept)
@@ -211,8 +265,13 @@ def features(run: Run, out: Path, identity: Identity) -> None:
 
 
 def stored_features(run: Run) -> FeatureStore:
-    """The store that training reads."""
-    return FeatureStore(run.path("score" if run.recipe.features.store == "all" else "features"), checksums=False)
+    """The store that training reads.
+
+    Raises:
+        StaleError: another target filled it.
+    """
+    folder = run.path("score" if run.recipe.features.store == "all" else "features")
+    return FeatureStore(folder, _made_by(run), checksums=False)
 
 
 def _dev(run: Run, store: FeatureStore, growth: GrowthOptions) -> Dev:
@@ -221,16 +280,17 @@ def _dev(run: Run, store: FeatureStore, growth: GrowthOptions) -> Dev:
     return Dev(run.target.spec, answers, growth.build())
 
 
-def vocabulary(run: Run, samples: Sequence[StoredSample], size: int) -> VocabMap:
-    """The draft vocabulary: the tokens most written, and the likeliest at each position; end and special tokens always."""
+def vocabulary(run: Run) -> VocabMap:
+    """The draft vocabulary: the tokens that the target is expected to write most, end and special tokens always.
+
+    Counted over all training samples: what is left out of training may still be drafted.
+    """
     spec = run.target.spec
-    counts = torch.zeros(spec.vocab_size, dtype=torch.int64)
-    for sample in samples:
-        written = sample.ids[sample.mask]
-        likeliest = sample.statistics["argmax"][sample.answer_rows].long()
-        for tokens in (written, likeliest):
-            counts.index_add_(0, tokens, torch.ones_like(tokens))
+    expected = FeatureStore(run.path("score"), checksums=False).expected()
     always = {*spec.eos_ids, *getattr(run.target.tokenizer, "all_special_ids", [])}
+    size = run.recipe.drafter.draft_vocab_size
+    # In millionths, because a map is made from counts.
+    counts = (expected * 1e6).round().long()
     return VocabMap.from_counts(counts, size, [i for i in always if i < spec.vocab_size], spec.vocab_size)
 
 
@@ -240,10 +300,10 @@ def train(run: Run, out: Path, identity: Identity) -> None:
     store = stored_features(run)
     kept = list(read_selection(run).kept)
     dev = _dev(run, store, o.growth)
-    vocab = vocabulary(run, [store[i] for i in kept], o.drafter.draft_vocab_size)
+    vocab = vocabulary(run)
     written = torch.cat([torch.tensor(a.ids[a.prompt_length :]) for a in dev.answers])
     covered = vocab.coverage(torch.bincount(written, minlength=target.spec.vocab_size))
-    filled = f"; {vocab.filled} of them were never written and fill it up" if vocab.filled else ""
+    filled = f"; {vocab.filled} of them are never written and fill it up" if vocab.filled else ""
     console.say(
         f"draft vocabulary of {console.count(vocab.size)} tokens covers {covered:.1%} of the dev answers{filled}"
     )
@@ -253,7 +313,8 @@ def train(run: Run, out: Path, identity: Identity) -> None:
     found = training(head, teacher, store, kept, dev, o.train, out, log, {**identity, "covered": round(covered, 4)})
     _say_saved(run, log)
     console.say(
-        f"best checkpoint: step {found['best_step']} of {found['steps']}, dev acceptance length {found['dev_acceptance_length']:.3f}"
+        f"best checkpoint: step {found['best_step']} of {found['steps']}, dev acceptance length "
+        f"{found['dev_acceptance_length']:.3f}"
     )
 
 
@@ -287,7 +348,7 @@ def fresh_head(run: Run, vocab: VocabMap) -> Eagle3:
 
 
 def tune(run: Run, out: Path, identity: Identity) -> None:
-    """Measure what verification and drafting cost here, replay dev with each growth, take the fastest (kind "growth")."""
+    """Choose the tree (kind "growth"): measure what verifying and drafting cost here, replay dev, take the fastest."""
     target = run.target
     head = load_drafter(run.path("train"), target)
     dev = _dev(run, stored_features(run), run.recipe.growth)
@@ -358,108 +419,3 @@ def bench(run: Run, out: Path, identity: Identity) -> None:
 
 def _set_of(conversation: Conversation) -> str:
     return conversation.source or conversation.id.split("/")[0]
-
-
-def finish(run: Run) -> None:
-    """Write what people look at and hand over: `summary.json`, the exported checkpoint, `report.html`."""
-    started = time.perf_counter()
-    summarise(run)
-    export(run, run.recipe.export.to)
-    report(run)
-    run.spent("report and export", time.perf_counter() - started, anew=True)
-    summary = summarise(run)
-    columns, rows = result_table(summary.results)
-    console.table("Plain against speculative decoding, same engine, test prompts", columns, rows)
-
-
-def summarise(run: Run) -> Summary:
-    """`summary.json` from the bench's results and the stages' times (docs/summary.md)."""
-    results = [Result.model_validate(row) for row in artefacts.read_json(run.path("bench") / "results.json")]
-    times = [StageTime(name=name, seconds=seconds) for name, seconds in run.seconds().items()]
-    summary = Summary(schema=1, results=results, stages=times)
-    write_summary(run.folder / "summary.json", summary)
-    return summary
-
-
-def facts(run: Run) -> dict[str, object]:
-    """What the report and the model card say of the run."""
-    o = run.recipe
-    selection = read_selection(run)
-    training = artefacts.read_json(run.path("train") / "training.json")
-    results = artefacts.read_json(run.path("bench") / "results.json")
-    asked = o.data.path or f"made prompts ({', '.join(o.data.sets)})"
-    answers = "the file's own answers" if o.data.keep_answers else "answers by the target"
-    return {
-        "data": f"{asked}; {answers}; {len(selection.kept)} samples kept by {o.select.method}, {selection.tokens_kept} answer tokens",
-        "training": f"EAGLE-3, {o.drafter.draft_vocab_size} draft tokens, {training['steps']} steps, best checkpoint at {training['best_step']}",
-        "training_cost": {
-            name: f"{seconds:.0f} s"
-            for name, seconds in run.seconds().items()
-            if name not in ("bench", "report and export")
-        },
-        "acceptance": [
-            {
-                "set": row["set"],
-                "temperature": row["temperature"],
-                "acceptance length": f"{row['acceptance_length']:.2f}",
-                "tree": f"{row.get('node_budget')} nodes",
-                "speed-up here": f"{row['speedup']['estimate']:.2f}",
-            }
-            for row in results
-        ],
-    }
-
-
-def report(run: Run) -> Path:
-    """`report.html`, one file, and its figures beside it."""
-    folder = run.folder
-    found = facts(run)
-    artefacts.write_jsonl(folder / "bench.jsonl", artefacts.read_jsonl(run.path("bench") / "bench.jsonl"))
-    _write_scores(run)
-    shown = {key.replace("_", " ").capitalize(): value for key, value in found.items() if isinstance(value, str)}
-    target = run.recipe.target
-    shown = {"Target": f"{target.name} ({target.dtype})", **shown}
-    artefacts.write_json(folder / "provenance.json", {**provenance.collect(), "facts": shown})
-    return write_report(folder, folder / "report.html")
-
-
-def _write_scores(run: Run) -> None:
-    """`selection.json` and `scores.jsonl` for the report: every sample's score, the tokens' text for a few."""
-    selection = read_selection(run)
-    store = FeatureStore(run.path("score"), checksums=False)
-    names = [n for n in (*selection.kept, *selection.dropped) if n in selection.scores]
-    rows = [{"id": n, "score": selection.scores[n], "kept": n not in selection.dropped} for n in names]
-    artefacts.write_json(run.folder / "selection.json", rows)
-    ranked = sorted(names, key=lambda n: selection.scores[n])
-    spelled = {*ranked[:3], *ranked[-3:], *ranked[len(ranked) // 2 - 2 : len(ranked) // 2 + 2]}
-
-    def scores() -> Iterator[dict[str, object]]:
-        for name in names:
-            sample = store[name]
-            rows = sample.answer_rows
-            values = flatness_from_log_norm(sample.statistics["log_norm"][rows], int(store.meta["vocab_size"]))
-            row: dict[str, object] = {"id": name, "flatness": [round(v, 6) for v in values.tolist()]}
-            if name in spelled:
-                row["pieces"] = token_texts(run.target.tokenizer, sample.ids[sample.mask].tolist())
-            yield row
-
-    artefacts.write_jsonl(run.folder / "scores.jsonl", scores())
-
-
-def export(run: Run, servers: Sequence[str]) -> list[Exported]:
-    """The drafter as folders that servers load, under `export/`; prints the commands that serve them."""
-    target = run.target
-    head = load_drafter(run.path("train"), target)
-    name = str(target.model.config.name_or_path) if run.recipe.target.name in ("smollm2",) else run.recipe.target.name
-    card = target_card(target, name, "apache-2.0" if run.recipe.target.name == "smollm2" else "")
-    growth = chosen_growth(run.folder)
-    serving = Serving(depth=growth.depth, top_k=growth.width, nodes=growth.build().budget)
-    extras = Extras(facts=facts(run), golden=golden(head), serving=serving)
-    done = []
-    for server in servers:
-        exported = hand_over.export(head_checkpoint(head, card), server, run.folder / "export" / server, extras)
-        console.say(f"exported for {server}: {exported.folder}")
-        for command in exported.commands:
-            console.say(f"  {command}")
-        done.append(exported)
-    return done

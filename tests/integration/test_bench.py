@@ -1,4 +1,4 @@
-"""Measuring: interleaved, written as it goes, resumable, checked against plain decoding, and the numbers from the rows."""
+"""Measuring: interleaved, written as it goes, resumable, compared with plain decoding; and the numbers made of rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.talking import VOCAB, Memory, answers, conversation, talking_target
 
 from draftsmith.data.conversations import Conversation, Message
 from draftsmith.decoding import engine as engines
@@ -24,6 +23,7 @@ from draftsmith.evaluation.bench import BenchOptions, bench, results
 from draftsmith.evaluation.report.inputs import load as load_report
 from draftsmith.foundation import artefacts
 from draftsmith.foundation.errors import StaleError, UserError
+from tests.talking import VOCAB, Memory, answers, conversation, talking_target
 
 SETS = {
     "sums": [conversation(f"s{i}", f"What is {i} + {i}?") for i in range(3)],
@@ -84,7 +84,9 @@ def test_rows_of_every_prompt_temperature_and_mode(tmp_path: Path, drafters: dic
             assert row["equality"] == {"equal": True, "first_difference": None, "near_tie": False, "gap": 0.0}
             accepted = sum(min(r["kept"], r["accepted"]) for r in row["generation"]["rounds"])
             assert sum(origin == 0 for origin in row["origins"]) == accepted
-            assert all((origin < 0) == (depth == 0) for origin, depth in zip(row["origins"], row["depths"], strict=True))
+            assert all(
+                (origin < 0) == (depth == 0) for origin, depth in zip(row["origins"], row["depths"], strict=True)
+            )
     deepest = {max(r["depths"]) for r in rows if r["drafters"] == "tree"}
     assert max(deepest) == 3, "nothing deep was accepted, so nothing was tested"
 
@@ -113,10 +115,8 @@ def test_the_numbers_are_those_of_the_rows(tmp_path: Path, drafters: dict[str, C
     options = OPTIONS.model_copy(update={"repeats": 2})
     rows = bench(talking_target(), drafters, SETS, options, tmp_path / "bench.jsonl")
     found = results(rows)
-    assert [(r.set, r.temperature, r.drafters) for r in found[:2]] == [("sums", 0.0, "tree"), ("sums", 0.0, "chain")] or {
-        (r.set, r.temperature, r.drafters) for r in found
-    } == {(s, t, d) for s in SETS for t in (0.0, 0.8) for d in ("tree", "chain")}
-    assert len(found) == 8
+    groups = Counter((r.set, r.temperature, r.drafters) for r in found)
+    assert groups == Counter((s, t, d) for s in SETS for t in (0.0, 0.8) for d in ("tree", "chain"))
     for result in found:
 
         def own(mode: str | None, result: Any = result) -> list[dict[str, Any]]:
@@ -149,7 +149,9 @@ def test_a_batch_writes_what_each_prompt_writes_alone(tmp_path: Path, drafters: 
     )
 
     def content(rows: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
-        named = [(r["id"], r["temperature"], r["drafters"] or "", r["generation"]["token_ids"], r["depths"]) for r in rows]
+        named = [
+            (r["id"], r["temperature"], r["drafters"] or "", r["generation"]["token_ids"], r["depths"]) for r in rows
+        ]
         return sorted(named)
 
     assert content(together) == content(alone)
@@ -296,7 +298,9 @@ def test_a_lossy_engine_is_seen(
 ) -> None:
     walk = engines.verification.walk
     monkeypatch.setattr(
-        engines.verification, "walk", lambda tree, chosen: fault(walk(tree, chosen)) if tree.size else walk(tree, chosen)
+        engines.verification,
+        "walk",
+        lambda tree, chosen: fault(walk(tree, chosen)) if tree.size else walk(tree, chosen),
     )
     rows = bench(talking_target(), {"tree": drafters["tree"]}, SETS, OPTIONS, tmp_path / "bench.jsonl")
     for result in results(rows):
@@ -339,4 +343,4 @@ def test_options_are_checked() -> None:
     for wrong in ({"temperatures": []}, {"temperatures": [-1]}, {"repeats": 0}, {"promts": 3}):
         with pytest.raises(ValueError):
             BenchOptions.model_validate(wrong)
-    assert VOCAB > len(talking_target().tokenizer) - 1
+    assert len(talking_target().tokenizer) - 1 < VOCAB

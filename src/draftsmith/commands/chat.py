@@ -13,12 +13,12 @@ from draftsmith.commands.terminal import coloured, write_styled
 from draftsmith.foundation import console
 from draftsmith.foundation.errors import UserError
 
-# One hue for each drafter, one shade for each depth: the deeper, the stronger.
+# One hue for each drafter, one shade for each depth: the deeper, the darker. Terminals of 16 colours show the hue.
 SHADES = (
-    ("#a6d8a8", "#7cc47f", "#52ab57", "#2f8f37", "#14721f"),
-    ("#a9c9f2", "#7eadea", "#548fdd", "#3172c7", "#1557a8"),
-    ("#f2c79a", "#eaaa68", "#dc8d3d", "#c2711d", "#9c560b"),
-    ("#dcb6ea", "#c78fdc", "#af68ca", "#9445b3", "#772997"),
+    ("#5fd75f", "#00d700", "#00af00", "#008700", "#006f00"),
+    ("#5fafff", "#0087ff", "#005fff", "#005fd7", "#005faf"),
+    ("#d7af00", "#af8700", "#af5f00", "#875f00", "#6f4f00"),
+    ("#ff5fff", "#d75fd7", "#af00af", "#870087", "#6f006f"),
 )
 HELP = "An empty line is passed over; /new starts a new conversation, Ctrl-C stops an answer, Ctrl-D leaves."
 

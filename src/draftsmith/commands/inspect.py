@@ -65,7 +65,8 @@ def _artefact(folder: Path) -> str:
     """Print what the manifest says; returns the kind."""
     kind = str(artefacts.read_json(folder / artefacts.MANIFEST).get("kind"))
     meta = artefacts.opened(folder, kind, checksums=False)
-    console.table(f"{folder}: {kind}", ["meta", "value"], list(_flat(meta)), align_right_from=2)
+    console.heading(f"{folder}: {kind}")
+    console.table(None, ["meta", "value"], list(_flat(meta)), align_right_from=2)
     sizes = [(p.relative_to(folder).as_posix(), p.stat().st_size) for p in sorted(folder.rglob("*")) if p.is_file()]
     rows = [[name, console.size(size)] for name, size in sizes]
     console.table(None, ["file", "size"], [*rows, ["in all", console.size(sum(size for _, size in sizes))]])

@@ -2,81 +2,95 @@
 
 from __future__ import annotations
 
+import difflib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
+from draftsmith import finish
 from draftsmith import recipe as recipes
-from draftsmith import stages
 from draftsmith.foundation import artefacts, console
 from draftsmith.foundation.errors import UserError
-from draftsmith.pipeline import STAGES, Run
+from draftsmith.pipeline import STAGES, Run, needs
 from draftsmith.plan import show
 
 RECIPE = "recipe.yaml"
+QUICKSTART = "quickstart"
 
 
 def assignments(overrides: Sequence[str] | None, target: str | None, data: str | None) -> list[str]:
     """The dotted assignments, short options first."""
-    short = [f"{name}={value}" for name, value in (("target.name", target), ("data.path", data)) if value is not None]
+    given = (("target.name", target), ("data.path", data))
+    # quoted: assignments are read as YAML, and a path may look like a number or hold a colon
+    short = [f"{name}={json.dumps(value)}" for name, value in given if value is not None]
     return [*short, *(overrides or [])]
 
 
-def opened(folder: Path, name: str, overrides: Sequence[str]) -> Run:
-    """A run by its folder; its recipe is what it was begun with, if that was written down, else the named one."""
+def opened(folder: Path, name: str | None, overrides: Sequence[str]) -> Run:
+    """A run by its folder. Its recipe is the named one, else what it was begun with, else the quick start's."""
     kept = folder / RECIPE
-    return Run(recipes.load(str(kept) if kept.is_file() else name, overrides), folder)
+    return Run(recipes.load(name or (str(kept) if kept.is_file() else QUICKSTART), overrides), folder)
 
 
-def whole(folder: Path, name: str, overrides: Sequence[str], *, plan: bool, redo: Sequence[str]) -> None:
+def whole(folder: Path, name: str | None, overrides: Sequence[str], *, plan: bool, redo: Sequence[str]) -> None:
     """Run all stages, or show the plan."""
     if unknown := [stage for stage in redo if stage not in STAGES]:
-        raise UserError(f"--redo {unknown[0]}: there is no such stage; there are {', '.join(STAGES)}")
-    run = Run(recipes.load(name, overrides), folder)
+        near = difflib.get_close_matches(unknown[0], STAGES, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(STAGES)}"
+        raise UserError(f"--redo {unknown[0]}: there is no such stage{hint}")
+    run = Run(recipes.load(name or QUICKSTART, overrides), folder)
     if plan:
         show(run)
         return
+    run.refuse_stale(STAGES, redo)
     _write_recipe(run)
     run.run_all(redo)
-    console.say(f"\nreport:  {folder / 'report.html'}")
-    console.say(f"numbers: {folder / 'summary.json'}")
+    console.say(f"\nreport:  {folder / finish.REPORT}")
+    console.say(f"numbers: {folder / finish.SUMMARY}")
     console.say(f"talk:    draftsmith chat --run {folder}")
 
 
-def one(stage: str, folder: Path, name: str, overrides: Sequence[str], *, plan: bool, redo: bool) -> None:
+def one(stage: str, folder: Path, name: str | None, overrides: Sequence[str], *, plan: bool, redo: bool) -> None:
     """Run one stage, or show the plan up to it."""
     run = opened(folder, name, overrides)
     if plan:
         show(run, stage)
         return
+    run.refuse_stale([*needs(stage), stage], [stage] if redo else [])
     _write_recipe(run)
     run.run(stage, redo)
 
 
-def report(folder: Path, name: str, overrides: Sequence[str]) -> None:
+def report(folder: Path, name: str | None, overrides: Sequence[str]) -> None:
     """Write summary and report again."""
     run = opened(folder, name, overrides)
-    _finished(run)
-    stages.summarise(run)
-    console.say(f"report: {stages.report(run)}")
+    _benched(run)
+    finish.summarise(run)
+    console.say(f"report: {finish.report(run)}")
 
 
-def export(folder: Path, name: str, overrides: Sequence[str], servers: Sequence[str]) -> None:
+def export(folder: Path, name: str | None, overrides: Sequence[str], servers: Sequence[str]) -> None:
     """Export the run's drafter."""
     run = opened(folder, name, overrides)
-    _finished(run)
-    stages.export(run, servers)
+    _benched(run)
+    finish.export(run, servers)
 
 
-def _finished(run: Run) -> None:
-    if not (run.path("bench") / artefacts.MANIFEST).is_file():
-        raise UserError(f"{run.path('bench')} is missing: run `draftsmith bench --run {run.folder}` first")
+def _benched(run: Run) -> None:
+    for stage in STAGES:
+        if not run.made(stage):
+            raise UserError(f"{run.path(stage)} is missing: run `draftsmith {stage} --run {run.folder}` first")
 
 
 def _write_recipe(run: Run) -> None:
-    run.folder.mkdir(parents=True, exist_ok=True)
+    """Write the recipe into the run's folder, where the stages' own commands find it again."""
+    if run.folder.exists() and not run.folder.is_dir():
+        raise UserError(f"{run.folder} is a file: --run wants the run's folder")
+    for torn in run.folder.glob(".*.tmp"):  # of a write that was killed
+        torn.unlink(missing_ok=True)
     text = yaml.safe_dump(run.recipe.model_dump(mode="json"), sort_keys=False)
     path = run.folder / RECIPE
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        path.write_text(text, encoding="utf-8")
+    if not path.is_file() or path.read_bytes() != text.encode():
+        artefacts.write_text(path, text)

@@ -1,14 +1,16 @@
 """One frozen target pass over samples: statistics of every token, hidden states of what is kept, in a store.
 
-Texts are read in batches that are planned over all samples before the pass starts (by length, so that little is padding), a shard a
-batch: an interrupted pass goes on with the next shard, and neither a kill nor the number of ranks changes what is stored.
+Texts are read in batches that are planned over all samples before the pass starts (by length, so that little is
+padding), a shard a batch: an interrupted pass goes on with the next shard, and neither a kill nor the number of ranks
+changes what is stored.
 
-A position's row holds what the target knows *there*: its hidden states, and the statistics of its distribution over the next token.
+A position's row holds what the target knows *there*: its hidden states, and the statistics of its distribution over the
+next token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from draftsmith.data.samples import Sample
 from draftsmith.foundation import artefacts, console
+from draftsmith.foundation.errors import UserError
 from draftsmith.foundation.options import Options
 from draftsmith.numerics.distributions import COLUMNS as STATISTICS
 from draftsmith.numerics.distributions import statistics
@@ -82,11 +85,18 @@ def store(
     options: PassOptions,
     out: Path,
     meta: Mapping[str, object],
+    counted: Callable[[str], bool] = lambda _: True,
 ) -> Path:
     """Read all samples and store statistics and the wanted hidden states as the artefact `out` (kind "features").
 
-    `want` may be empty: statistics only, about 30 bytes a token.
+    `want` may be empty: statistics only, about 30 bytes a token. Over the samples that are `counted` (by id) the store
+    also sums up how often the target is expected to write each token (`FeatureStore.expected`).
+
+    Raises:
+        UserError: there are no samples.
     """
+    if not samples:
+        raise UserError("there is nothing to read: no conversation has an answer that fits the target's positions")
     identity = {
         **meta,
         "target": target.spec.fingerprint,
@@ -100,17 +110,14 @@ def store(
     }
     batches = plan([len(s.ids) for s in samples], options.batch_positions)
     with artefacts.writing(out, KIND, identity, resume=True) as scratch:
-        plan_file = scratch / "plan.json"
-        if plan_file.is_file() and artefacts.read_json(plan_file) != identity:
-            for path in scratch.glob("shard-*"):
-                path.unlink()
-        artefacts.write_json(plan_file, identity)
-        with console.progress("reading with the target", int(str(identity["positions"])), "positions") as bar:
-            for number, batch in enumerate(batches):
-                path = scratch / f"shard-{number:05d}.safetensors"
+        paths = [scratch / f"shard-{number:05d}.safetensors" for number in range(len(batches))]
+        positions = [sum(len(samples[i].ids) for i in batch) for batch in batches]
+        done = sum(n for n, path in zip(positions, paths, strict=True) if path.is_file())
+        with console.progress("reading with the target", sum(positions), "positions", done=done) as bar:
+            for batch, path, n in zip(batches, paths, positions, strict=True):
                 if not path.is_file():
-                    artefacts.save_tensors(path, _read(target, [samples[i] for i in batch], want))
-                bar.advance(sum(len(samples[i].ids) for i in batch))
+                    artefacts.save_tensors(path, _read(target, [samples[i] for i in batch], want, counted))
+                    bar.advance(n)
         index = []
         for number, batch in enumerate(batches):
             start = 0
@@ -126,24 +133,36 @@ def store(
                 index.append((i, row))
                 start += len(sample.ids)
         artefacts.write_jsonl(scratch / "index.jsonl", (row for _, row in sorted(index, key=lambda item: item[0])))
-        plan_file.unlink()
     return out
 
 
-def _read(target: HFTarget, samples: Sequence[Sample], want: FeatureSpec) -> dict[str, Tensor]:
+def _read(
+    target: HFTarget, samples: Sequence[Sample], want: FeatureSpec, counted: Callable[[str], bool]
+) -> dict[str, Tensor]:
     lengths = [len(s.ids) for s in samples]
     ids = torch.zeros((len(samples), max(lengths)), dtype=torch.int64)
     for b, sample in enumerate(samples):
         ids[b, : lengths[b]] = torch.tensor(sample.ids)
     hidden = target.read(ids, lengths, want)
+    answers = torch.zeros(ids.shape, dtype=torch.float32)
+    for b, sample in enumerate(samples):
+        if counted(sample.id):
+            answers[b, : lengths[b] - 1] = torch.tensor(sample.mask[1:], dtype=torch.float32)
     valid = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
     following = torch.nn.functional.pad(ids[:, 1:], (0, 1))
     flat = valid.to(hidden["final"].device)
-    found = statistics(hidden["final"][flat], target.project, following[valid].to(flat.device))
+    expected = torch.zeros(target.spec.vocab_size, device=flat.device)
+    found = statistics(
+        hidden["final"][flat],
+        target.project,
+        following[valid].to(flat.device),
+        expected=(answers[valid].to(flat.device), expected),
+    )
     tensors = {name: column.cpu() for name, column in found.tensors().items()}
     last = torch.cumsum(torch.tensor(lengths), 0) - 1
     tensors["nll"][last] = 0.0
     tensors["ids"] = ids[valid].to(torch.int32)
+    tensors["expected"] = expected.cpu()
     tensors["mask"] = torch.tensor([m for s in samples for m in s.mask], dtype=torch.bool)
     for name in want.names:
         tensors[f"hidden.{name}"] = hidden[name][flat].cpu()
@@ -171,6 +190,17 @@ class FeatureStore:
     @property
     def lengths(self) -> list[int]:
         return [int(row["length"]) for row in self._index]
+
+    def expected(self) -> Tensor:
+        """`[V]` float64: how often the target is expected to write each token in the counted samples' answers, Σ p.
+
+        A draft vocabulary chosen by it holds tokens that the answers could as well have held, not only those that a few
+        answers happened to hold.
+        """
+        total = torch.zeros(int(self.meta["vocab_size"]), dtype=torch.float64)
+        for number in sorted({int(row["shard"]) for row in self._index}):
+            total += self._shard(number)["expected"]
+        return total
 
     def __getitem__(self, item: int | str) -> StoredSample:
         row = self._index[self._place[item] if isinstance(item, str) else item]

@@ -1,14 +1,15 @@
 """The target answers the prompts in its own words: what a drafter trains on has to be what the target would write.
 
-Batches are planned over all prompts before the first is decoded, longest prompts first, and finished at batch borders: an
-interrupted run goes on with the next batch and writes the same file. Of a conversation with several user turns each assistant turn
-is written in its place, with the target's own earlier turns before it, and becomes a row of its own.
+Batches are planned over all prompts before the first is decoded, longest prompts first, and finished at batch borders:
+an interrupted run goes on with the next batch and writes the same file. Of a conversation with several user turns each
+assistant turn is written in its place, with the target's own earlier turns before it, and becomes a row of its own.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pydantic import Field
 
 from draftsmith.data.conversations import Answer, Conversation, Message, from_row, to_row
 from draftsmith.foundation import artefacts, console
+from draftsmith.foundation.errors import UserError
 from draftsmith.foundation.options import Options
 from draftsmith.target import chat
 from draftsmith.target.model import HFTarget
@@ -23,6 +25,7 @@ from draftsmith.target.sampling import Sampling, Written, write
 
 KIND = "conversations"
 FILE = "conversations.jsonl"
+QUARANTINE = "quarantine.jsonl"
 
 
 class RegenerateOptions(Options):
@@ -48,11 +51,16 @@ def plan(conversations: Sequence[Conversation], turn: int) -> list[Job]:
     """The conversations that have a user turn number `turn` (from 0), in their order."""
     jobs = []
     for conversation in conversations:
-        users = sum(m.role == "user" for m in conversation.messages)
+        users = turns(conversation)
         if users > turn:
-            suffix = f"#{turn + 1}" if users > 1 else ""
+            suffix = f"@{turn + 1}" if users > 1 else ""
             jobs.append(Job(conversation.id + suffix, conversation, turn))
     return jobs
+
+
+def turns(conversation: Conversation) -> int:
+    """How many answers a conversation asks for."""
+    return sum(m.role == "user" for m in conversation.messages)
 
 
 def regenerate(
@@ -65,9 +73,15 @@ def regenerate(
 ) -> Path:
     """Write answers to all conversations' user turns into the artefact `out` (kind "conversations").
 
+    A conversation of several turns gives a row for each, named `<id>@<turn>`. What the template refuses, or what leaves
+    no room for an answer, is set aside with its reason in the artefact's `quarantine.jsonl`.
+
     Args:
         meta: what else identifies the result (the prompts' fingerprint); target, template and options are added.
         on_tokens: called with the number of tokens just written.
+
+    Raises:
+        UserError: the target has no chat template, two rows would have one id, or no conversation can be answered.
     """
     identity = {
         **meta,
@@ -75,103 +89,118 @@ def regenerate(
         "template": chat.template_digest(target.tokenizer),
         "regenerate": options.model_dump(mode="json"),
     }
+    order = [job.id for c in conversations for turn in range(turns(c)) for job in plan([c], turn)]
+    if twice := [name for name, count in Counter(order).items() if count > 1]:
+        raise UserError(f"two answers would be called {twice[0]!r}: give the conversations other ids")
     with artefacts.writing(out, KIND, identity, resume=True) as scratch:
-        _same_plan(scratch, identity)
-        written: dict[str, Conversation] = {}
-        for turn in range(max((sum(m.role == "user" for m in c.messages) for c in conversations), default=0)):
-            _write_turn(target, plan(conversations, turn), options, scratch / "batches", turn, written, on_tokens)
-        order = [job.id for c in conversations for t in range(8) for job in plan([c], t)]
-        artefacts.write_jsonl(scratch / FILE, (to_row(written[i]) for i in order))
-        for path in (scratch / "batches").iterdir():
-            path.unlink()
-        (scratch / "batches").rmdir()
-        (scratch / "plan.json").unlink()
+        writer = _Writer(target, options, scratch / artefacts.WORK, on_tokens)
+        for turn in range(max(map(turns, conversations), default=0)):
+            writer.write_turn(plan(conversations, turn), turn)
+        if not writer.written:
+            reason = f": {next(iter(writer.refused.values()))}" if writer.refused else ", for there is none"
+            raise UserError(f"no conversation can be answered{reason}")
+        artefacts.write_jsonl(scratch / FILE, (to_row(writer.written[i]) for i in order if i in writer.written))
+        if writer.refused:
+            rows = [{"id": name, "reason": reason} for name, reason in writer.refused.items()]
+            artefacts.write_jsonl(scratch / QUARANTINE, rows)
+            console.warn(
+                f"{len(rows)} of {len(order)} answers can't be written, the first ({rows[0]['id']}) because "
+                f"{rows[0]['reason']}; all are listed in {out / QUARANTINE}"
+            )
     return out
 
 
-def read(folder: Path, expect: dict[str, object] | None = None) -> list[Conversation]:
+def read(folder: Path, expect: Mapping[str, object] | None = None) -> list[Conversation]:
     """The conversations of an artefact that `regenerate` made."""
     artefacts.opened(folder, KIND, expect)
     return [from_row(row) for row in artefacts.read_jsonl(folder / FILE)]
 
 
-def _same_plan(scratch: Path, identity: dict[str, object]) -> None:
-    """Clear what an interrupted run with other options left."""
-    plan_file = scratch / "plan.json"
-    if plan_file.is_file() and artefacts.read_json(plan_file) != identity:
-        for path in (scratch / "batches").glob("*"):
-            path.unlink()
-    artefacts.write_json(plan_file, identity)
-    (scratch / "batches").mkdir(exist_ok=True)
+class _Writer:
+    """What a regeneration has written so far, by row id, and what it had to set aside."""
 
+    def __init__(
+        self, target: HFTarget, options: RegenerateOptions, folder: Path, on_tokens: Callable[[int], None] | None
+    ) -> None:
+        self.target, self.options, self.folder, self.on_tokens = target, options, folder, on_tokens
+        self.written: dict[str, Conversation] = {}
+        self.refused: dict[str, str] = {}
+        self._ended: set[str] = set()
 
-def _write_turn(
-    target: HFTarget,
-    jobs: Sequence[Job],
-    options: RegenerateOptions,
-    folder: Path,
-    turn: int,
-    written: dict[str, Conversation],
-    on_tokens: Callable[[int], None] | None,
-) -> None:
-    prompts = {job.id: (messages := _before(job, written), chat.prompt_ids(target.tokenizer, messages)) for job in jobs}
-    order = sorted(jobs, key=lambda job: (-len(prompts[job.id][1]), job.id))
-    batches = [order[i : i + options.batch] for i in range(0, len(order), options.batch)]
-    started, tokens = time.perf_counter(), 0
-    with console.progress(f"writing answers{f', turn {turn + 1}' if turn else ''}", len(jobs), "answers") as bar:
-        for number, batch in enumerate(batches):
-            path = folder / f"{turn}-{number:05d}.jsonl"
-            if path.is_file():
-                rows = [from_row(row) for row in artefacts.read_jsonl(path)]
-                bar.advance(len(rows))
-            else:
-                rows = []
-                asked = [prompts[job.id][1] for job in batch]
-                for event in write(target, asked, [job.id for job in batch], options.sampling, options.max_new_tokens):
-                    if isinstance(event, Written):
-                        job = batch[event.row]
-                        rows.append(_answered(job, prompts[job.id][0], asked[event.row], event, options, target))
-                        bar.advance(1, **{"tokens/s": tokens / (time.perf_counter() - started)})
-                    else:
-                        tokens += event
-                        if on_tokens:
-                            on_tokens(event)
-                rows.sort(key=lambda c: c.id)
-                artefacts.write_jsonl(path, (to_row(c) for c in rows))
-            written.update({c.id: c for c in rows})
+    def write_turn(self, jobs: Sequence[Job], turn: int) -> None:
+        """Answer a turn of all conversations; batches that an earlier run finished are read."""
+        prompts = {job.id: prompt for job in jobs if (prompt := self._prompt(job)) is not None}
+        order = sorted((job for job in jobs if job.id in prompts), key=lambda job: (-len(prompts[job.id][1]), job.id))
+        batches = [order[i : i + self.options.batch] for i in range(0, len(order), self.options.batch)]
+        paths = [self.folder / f"{turn}-{number:05d}.jsonl" for number in range(len(batches))]
+        # Counted in tokens, because the answers of a batch end nearly together; what an answer did not need is done too.
+        longest = self.options.max_new_tokens
+        done = longest * sum(len(batch) for batch, path in zip(batches, paths, strict=True) if path.is_file())
+        title = f"writing answers, turn {turn + 1}" if turn else "writing answers"
+        started, tokens, answers = time.perf_counter(), 0, 0
+        with console.progress(title, longest * len(order), "tokens", done=done) as bar:
+            for batch, path in zip(batches, paths, strict=True):
+                if path.is_file():
+                    rows = [from_row(row) for row in artefacts.read_jsonl(path)]
+                else:
+                    rows = []
+                    asked = [prompts[job.id][1] for job in batch]
+                    names = [job.id for job in batch]
+                    o = self.options
+                    for event in write(self.target, asked, names, o.sampling, o.max_new_tokens):
+                        if isinstance(event, Written):
+                            rows.append(self._answered(batch[event.row], *prompts[names[event.row]], event))
+                            answers += 1
+                            bar.advance(max(0, longest - len(event.token_ids)), answers=answers)
+                        else:
+                            tokens += event
+                            bar.advance(event, written_per_second=round(tokens / (time.perf_counter() - started)))
+                            if self.on_tokens:
+                                self.on_tokens(event)
+                    rows.sort(key=lambda c: c.id)
+                    artefacts.write_jsonl(path, (to_row(c) for c in rows))
+                self.written.update({c.id: c for c in rows})
 
+    def _prompt(self, job: Job) -> tuple[list[Message], list[int]] | None:
+        """The messages before a turn and their token ids; None if it can't be answered."""
+        if job.source.id in self._ended:
+            self.refused[job.id] = "an earlier turn could not be answered"
+            return None
+        messages = self._before(job)
+        try:
+            ids = chat.prompt_ids(self.target.tokenizer, messages)
+            longest = self.target.spec.max_positions
+            if len(ids) >= longest:
+                raise UserError(f"its prompt has {len(ids):,} tokens, and the target takes {longest:,} with the answer")
+        except UserError as problem:
+            self.refused[job.id] = str(problem)
+            self._ended.add(job.source.id)
+            return None
+        return messages, ids
 
-def _before(job: Job, written: dict[str, Conversation]) -> list[Message]:
-    """The messages up to the user turn to be answered, earlier assistant turns as the target wrote them."""
-    messages: list[Message] = []
-    turn = -1
-    for message in job.source.messages:
-        if message.role == "assistant":
-            continue
-        if message.role == "user":
-            turn += 1
-            if turn > job.turn:
-                break
-            if turn:
-                messages.append(written[f"{job.source.id}#{turn}"].messages[-1])
-        messages.append(message)
-    return messages
+    def _before(self, job: Job) -> list[Message]:
+        """The messages up to the user turn to be answered, earlier assistant turns as the target wrote them."""
+        messages: list[Message] = []
+        turn = -1
+        for message in job.source.messages:
+            if message.role == "assistant":
+                continue
+            if message.role == "user":
+                turn += 1
+                if turn > job.turn:
+                    break
+                if turn:
+                    messages.append(self.written[f"{job.source.id}@{turn}"].messages[-1])
+            messages.append(message)
+        return messages
 
-
-def _answered(
-    job: Job,
-    messages: list[Message],
-    prompt: Sequence[int],
-    event: Written,
-    options: RegenerateOptions,
-    target: HFTarget,
-) -> Conversation:
-    text = target.tokenizer.decode(event.token_ids, skip_special_tokens=True)
-    answer = Answer(
-        prompt_ids=tuple(prompt),
-        token_ids=tuple(event.token_ids),
-        complete=event.complete,
-        temperature=options.sampling.temperature,
-        seed=options.sampling.seed,
-    )
-    return replace(job.source, id=job.id, messages=(*messages, Message("assistant", text)), answer=answer)
+    def _answered(self, job: Job, messages: list[Message], prompt: Sequence[int], event: Written) -> Conversation:
+        text = self.target.tokenizer.decode(event.token_ids, skip_special_tokens=True)
+        answer = Answer(
+            prompt_ids=tuple(prompt),
+            token_ids=tuple(event.token_ids),
+            complete=event.complete,
+            temperature=self.options.sampling.temperature,
+            seed=self.options.sampling.seed,
+        )
+        return replace(job.source, id=job.id, messages=(*messages, Message("assistant", text)), answer=answer)

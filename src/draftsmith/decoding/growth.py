@@ -6,13 +6,19 @@ committed or drafted: that is what lets the verifier draw the target's token fir
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 from torch import Tensor
 
+from draftsmith.decoding.costs import best_sizes, stored_round_costs
+from draftsmith.decoding.shapes import STATIC_15, Level, Paths, checked, levels
+from draftsmith.decoding.stopping import EntropyStop, Remembered, acceptance_bound, committed, fresh
 from draftsmith.decoding.tree import DraftTree, pruned
 from draftsmith.drafters.base import Drafter, Frontier, Proposal
 from draftsmith.foundation.options import Options
@@ -44,19 +50,83 @@ class Growth(Protocol):
         ...
 
 
+# Which kind each later option belongs to; the first four belong to all.
+_OWN = {
+    "paths": "static",
+    **dict.fromkeys(("gamma", "threshold", "goal", "smoothing", "step"), "adaedl"),
+    **dict.fromkeys(("profile", "draft_ms", "sequences"), "cost-aware"),
+}
+
+
 class GrowthOptions(Options):
     """Which growth, and how large."""
 
-    kind: Literal["dynamic", "chain"] = Field(
-        default="dynamic", description="dynamic: EAGLE-2's tree; chain: one token after another"
+    kind: Literal["dynamic", "chain", "static", "best-first", "adaedl", "cost-aware"] = Field(
+        default="dynamic",
+        description="dynamic: EAGLE-2's tree; chain: one token after another; static: always the same shape; "
+        "best-first: the likeliest nodes wherever they stand; adaedl: a chain that stops where the drafter is unsure; "
+        "cost-aware: dynamic, with as many nodes as pay for their verification",
     )
-    node_budget: int = Field(default=15, ge=1, description="drafted nodes verified in a round, root not counted")
-    depth: int = Field(default=4, ge=1, description="deepest node; a chain has as many nodes")
-    width: int = Field(default=4, ge=1, description="nodes expanded at each depth and children taken of each (dynamic)")
+    node_budget: int = Field(
+        default=15, ge=1, description="drafted nodes verified in a round, root not counted (cost-aware: at most)"
+    )
+    depth: int = Field(default=4, ge=1, description="deepest node; a chain has as many nodes (adaedl: at most)")
+    width: int = Field(
+        default=4,
+        ge=1,
+        description="nodes expanded at each depth and children taken of each (dynamic, cost-aware); children taken of "
+        "each (best-first)",
+    )
+    paths: Paths = Field(default=STATIC_15, description="nodes as ranks of children from the root down (static)")
+    gamma: float = Field(default=0.2, gt=0, description="weight of the entropy in the acceptance bound (adaedl)")
+    threshold: float = Field(default=0.5, ge=0, le=1, description="bound below which a chain stops, at first (adaedl)")
+    goal: float = Field(default=0.8, ge=0, le=1, description="acceptance rate that the threshold steers to (adaedl)")
+    smoothing: float = Field(default=0.5, ge=0, lt=1, description="weight of the past in that rate (adaedl)")
+    step: float = Field(default=0.01, ge=0, le=1, description="how far the threshold moves in a round (adaedl)")
+    profile: Path | None = Field(default=None, description="costs stored by tune: profile.json (cost-aware)")
+    draft_ms: float | None = Field(
+        default=None, ge=0, description="milliseconds of drafting a round, instead of the profile's (cost-aware)"
+    )
+    sequences: int = Field(default=1, ge=1, description="sequences decoded together, in one pass (cost-aware)")
+
+    @field_validator("paths")
+    @classmethod
+    def _whole(cls, paths: Paths) -> Paths:
+        return checked(paths)
+
+    @model_validator(mode="after")
+    def _has_costs(self) -> GrowthOptions:
+        if self.kind == "cost-aware" and self.profile is None:
+            raise ValueError("a cost-aware growth needs a profile: the profile.json that tune wrote")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_others(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What another kind reads changes no result and is in no fingerprint.
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if _OWN.get(name, self.kind) == self.kind}
 
     def build(self) -> Growth:
-        if self.kind == "chain":
-            return ChainGrowth(self.depth)
+        """The growth that these options describe. UserError: a cost-aware growth's profile has no usable costs."""
+        match self.kind:
+            case "chain":
+                return ChainGrowth(self.depth)
+            case "static":
+                return StaticGrowth(self.paths)
+            case "best-first":
+                return BestFirstGrowth(self.node_budget, self.depth, self.width)
+            case "adaedl":
+                stop = EntropyStop(self.gamma, self.threshold, self.goal, self.smoothing, self.step)
+                return AdaEDLGrowth(self.depth, stop)
+            case "cost-aware":
+                assert self.profile is not None
+                return CostAwareGrowth(
+                    stored_round_costs(
+                        self.profile, self.node_budget, self.depth, self.width, self.draft_ms, self.sequences
+                    ),
+                    self.depth,
+                    self.width,
+                )
         return DynamicGrowth(self.node_budget, self.depth, self.width)
 
 
@@ -71,7 +141,8 @@ class ChainGrowth:
         return self.depth
 
     def grow(self, drafter: Drafter, state: Any, proposal: Proposal, limits: Limits) -> DraftTree:
-        return _expand(drafter, state, proposal, self.depth, 1, self.depth, limits)
+        tree = _drafted(drafter, state, proposal, self.depth, 1, limits, lambda level, pool: 1)
+        return pruned(tree, self.depth, limits.room)
 
 
 @dataclass(frozen=True)
@@ -84,12 +155,168 @@ class DynamicGrowth:
     width: int
 
     def grow(self, drafter: Drafter, state: Any, proposal: Proposal, limits: Limits) -> DraftTree:
-        return _expand(drafter, state, proposal, self.depth, self.width, self.budget, limits)
+        tree = _dynamic(drafter, state, proposal, self.depth, self.width, limits)
+        return pruned(tree, self.budget, limits.room)
 
 
-def _expand(
-    drafter: Drafter, state: Any, proposal: Proposal, depth: int, width: int, budget: int, limits: Limits
+@dataclass(frozen=True)
+class StaticGrowth:
+    """A fixed shape (Medusa, 2401.10774): node (0, 2) is the third likeliest child of the likeliest first token."""
+
+    paths: Paths = STATIC_15
+
+    @property
+    def budget(self) -> int:
+        return len(self.paths)
+
+    @property
+    def depth(self) -> int:
+        return len(self._levels)
+
+    @cached_property
+    def _levels(self) -> list[Level]:
+        return levels(self.paths)
+
+    def grow(self, drafter: Drafter, state: Any, proposal: Proposal, limits: Limits) -> DraftTree:
+        log_q = proposal.log_q
+        batch, _, vocab = log_q.shape
+        device = log_q.device
+        deepest = min(self.depth, int(limits.room.max()) if batch else 0)
+        above = torch.zeros((batch, 1), device=device)
+        tokens, parents, scores = [], [], []
+        for depth, level in enumerate(self._levels[: max(deepest, 1)], start=1):
+            reach = min(max(level.ranks) + 1, vocab)
+            values, ids = log_q.topk(reach, dim=-1)
+            slots = torch.tensor(level.slots, device=device)
+            ranks = torch.tensor(level.ranks, device=device)
+            path = above[:, slots] + values[:, slots, ranks.clamp(max=reach - 1)]
+            scores.append(path.masked_fill(ranks >= reach, -torch.inf))
+            tokens.append(drafter.vocab.to_target(ids[:, slots, ranks.clamp(max=reach - 1)]))
+            parents.append(torch.tensor(level.parents, device=device).expand(batch, -1))
+            if depth < deepest:
+                frontier = tokens[-1][:, level.inner]
+                ended = torch.isin(frontier, limits.ends)
+                above = scores[-1][:, level.inner].masked_fill(ended, -torch.inf)
+                places = torch.tensor(level.parent_slots, device=device).expand(batch, -1)
+                log_q = drafter.expand(state, Frontier(frontier, places, depth)).log_q
+        return pruned(_tree(tokens, parents, scores), self.budget, limits.room)
+
+
+@dataclass(frozen=True)
+class BestFirstGrowth:
+    """Take the likeliest node that is known and learn its children, until `budget` nodes are taken.
+
+    That is the `budget` nodes of largest path probability among all to `depth`, `width` children each. Taken literally
+    it costs `budget` − 1 draft passes of one node. Here a whole depth is expanded at once: its nodes that are among
+    the `budget` likeliest known so far. Others cannot be taken, nor what stands below them, so the tree is the same,
+    in at most `depth` − 1 passes of at most `budget` nodes.
+    """
+
+    budget: int
+    depth: int
+    width: int
+
+    def grow(self, drafter: Drafter, state: Any, proposal: Proposal, limits: Limits) -> DraftTree:
+        def promising(level: Tensor, pool: Tensor) -> int:
+            least = pool.topk(min(self.budget, pool.shape[1]), dim=1).values[:, -1:]
+            taken = ((level >= least) & (level > -torch.inf)).sum(1)
+            return min(int(taken.max()), self.budget) if len(level) else 0
+
+        tree = _drafted(drafter, state, proposal, self.depth, self.width, limits, promising)
+        return pruned(tree, self.budget, limits.room)
+
+
+@dataclass(frozen=True)
+class AdaEDLGrowth:
+    """AdaEDL (2410.18351): a chain of the likeliest tokens that stops before the first one whose acceptance bound
+    1 − sqrt(γ · H(q)) is below λ; λ follows each sequence's acceptance (`stopping.committed`).
+
+    The first token is always drafted: its distribution is there already, and a chain that drafts nothing learns
+    nothing. Acceptance is told from the room that the last round took, so one drafter must have drafted each round.
+    """
+
+    depth: int
+    stop: EntropyStop = field(default_factory=EntropyStop)
+    _remembered: Remembered = field(default_factory=Remembered, init=False, repr=False, compare=False)
+
+    @property
+    def budget(self) -> int:
+        return self.depth
+
+    def grow(self, drafter: Drafter, state: Any, proposal: Proposal, limits: Limits) -> DraftTree:
+        before = self._remembered.of(state)
+        now = committed(before, limits.room, self.stop) if before else fresh(limits.room, self.stop)
+        log_q = proposal.log_q[:, 0]
+        going = limits.room > 0
+        path = torch.zeros_like(log_q[:, 0])
+        tokens, parents, scores = [], [], []
+        for depth in range(1, self.depth + 1):
+            value, best = log_q.max(dim=-1)
+            path = (path + value).masked_fill(~going, -torch.inf)
+            token = drafter.vocab.to_target(best)
+            tokens.append(token[:, None])
+            parents.append(torch.full_like(best, depth - 2)[:, None])
+            scores.append(path[:, None])
+            going = (path > -torch.inf) & (limits.room > depth) & ~torch.isin(token, limits.ends)
+            # A pass is spared where every chain has stopped, at the price of asking the device.
+            if depth == self.depth or not bool(going.any()):
+                break
+            slots = torch.full_like(best, depth - 2)[:, None]
+            log_q = drafter.expand(state, Frontier(token[:, None], slots, depth)).log_q[:, 0]
+            going = going & (acceptance_bound(log_q, self.stop.gamma) >= now.value)
+        tree = pruned(_tree(tokens, parents, scores), self.budget, limits.room)
+        self._remembered.keep(state, replace(now, drafted=tree.counts))
+        return tree
+
+
+@dataclass(frozen=True)
+class CostAwareGrowth:
+    """A dynamic tree of as many nodes as maximise expected tokens per second, by stored costs (CaDDTree, 2606.01813).
+
+    Each sequence decides for itself, from its drafted probabilities and `round_ms` alone: a batch drafts what each
+    would alone, and a replay what was decoded.
+
+    Attributes:
+        round_ms: milliseconds of a round of 0 … budget nodes.
+    """
+
+    round_ms: tuple[float, ...]
+    depth: int
+    width: int
+
+    @property
+    def budget(self) -> int:
+        return len(self.round_ms) - 1
+
+    def grow(self, drafter: Drafter, state: Any, proposal: Proposal, limits: Limits) -> DraftTree:
+        tree = _dynamic(drafter, state, proposal, self.depth, self.width, limits)
+        value = tree.log_q.masked_fill(tree.depths > limits.room[:, None], -torch.inf)
+        order = value.sort(dim=1, descending=True, stable=True)
+        size = best_sizes(order.values.exp(), self.round_ms)
+        surplus = torch.arange(tree.size, device=value.device) >= size[:, None]
+        kept = torch.empty_like(value).scatter_(1, order.indices, order.values.masked_fill(surplus, -torch.inf))
+        return pruned(replace(tree, log_q=kept), self.budget, limits.room)
+
+
+def _dynamic(drafter: Drafter, state: Any, proposal: Proposal, depth: int, width: int, limits: Limits) -> DraftTree:
+    return _drafted(drafter, state, proposal, depth, width, limits, lambda level, pool: min(width, level.shape[1]))
+
+
+def _drafted(
+    drafter: Drafter,
+    state: Any,
+    proposal: Proposal,
+    depth: int,
+    width: int,
+    limits: Limits,
+    frontier: Callable[[Tensor, Tensor], int],
 ) -> DraftTree:
+    """Everything drafted, depth by depth, `width` children of each node of the frontier.
+
+    Args:
+        frontier: how many of the last depth's likeliest nodes are expanded, from the path log probabilities of that
+            depth `[B, M]` and of all nodes so far `[B, N]`; 0 ends the drafting.
+    """
     log_q = proposal.log_q[:, 0]
     batch, vocab = log_q.shape
     children = min(width, vocab)
@@ -99,37 +326,42 @@ def _expand(
     tokens = [drafter.vocab.to_target(ids)]
     parents = [torch.full_like(ids, -1)]
     scores = [values]
-    depths = [torch.ones_like(ids)]
-    # `chosen`: the frontier's places in the pool of all nodes; `parent_slots`: its parents' places among the expanded.
-    chosen = torch.arange(children, device=device).expand(batch, -1)
-    parent_slots = torch.full_like(ids, -1)
-    frontier_tokens, frontier_scores = tokens[0], values
-    pool = children
-    expanded = 0
+    pool, expanded = 0, 0
     for level in range(1, deepest):
+        wide = frontier(scores[-1], torch.cat(scores, 1))
+        if wide == 0:
+            break
+        if level == 1:
+            best_scores = values[:, :wide]
+            order = torch.arange(wide, device=device).expand(batch, -1)
+            parent_slots = torch.full_like(order, -1)
+        else:
+            best_scores, order = scores[-1].topk(wide, dim=-1)
+            parent_slots = expanded + order // children
+            expanded = tokens[-1].shape[1] // children + expanded
+        frontier_tokens = tokens[-1].gather(1, order)
+        chosen = pool + order  # the frontier's places in the pool of all nodes
         child_q = drafter.expand(state, Frontier(frontier_tokens, parent_slots, level)).log_q
         ended = torch.isin(frontier_tokens, limits.ends)
         best, best_ids = child_q.masked_fill(ended[:, :, None], -torch.inf).topk(children, dim=-1)
-        path = (frontier_scores[:, :, None] + best).reshape(batch, -1)
-        child_tokens = drafter.vocab.to_target(best_ids).reshape(batch, -1)
-        tokens.append(child_tokens)
+        pool += tokens[-1].shape[1]
+        tokens.append(drafter.vocab.to_target(best_ids).reshape(batch, -1))
         parents.append(chosen[:, :, None].expand(-1, -1, children).reshape(batch, -1))
-        scores.append(path)
-        depths.append(torch.full_like(child_tokens, level + 1))
-        if level + 1 < deepest:
-            frontier_scores, order = path.topk(min(width, path.shape[1]), dim=-1)
-            frontier_tokens = child_tokens.gather(1, order)
-            chosen = pool + order
-            parent_slots = expanded + order // children
-        expanded += child_q.shape[1]
-        pool += child_tokens.shape[1]
-    size = sum(t.shape[1] for t in tokens)
-    everything = DraftTree(
-        torch.cat(tokens, 1),
-        torch.cat(parents, 1),
-        torch.cat(depths, 1),
-        torch.cat(scores, 1).float(),
-        torch.zeros((batch, size), dtype=torch.int64, device=device),
-        torch.full((batch,), size, dtype=torch.int64, device=device),
+        scores.append((best_scores[:, :, None] + best).reshape(batch, -1))
+    return _tree(tokens, parents, scores)
+
+
+def _tree(tokens: Sequence[Tensor], parents: Sequence[Tensor], scores: Sequence[Tensor]) -> DraftTree:
+    """The trees of nodes given depth by depth, each `[B, M]`."""
+    batch = tokens[0].shape[0]
+    device = tokens[0].device
+    widths = [t.shape[1] for t in tokens]
+    depths = torch.repeat_interleave(torch.arange(1, len(widths) + 1), torch.tensor(widths)).to(device)
+    return DraftTree(
+        torch.cat(list(tokens), 1),
+        torch.cat(list(parents), 1),
+        depths.expand(batch, -1),
+        torch.cat(list(scores), 1).float(),
+        torch.zeros((batch, sum(widths)), dtype=torch.int64, device=device),
+        torch.full((batch,), sum(widths), dtype=torch.int64, device=device),
     )
-    return pruned(everything, budget, limits.room)

@@ -155,11 +155,12 @@ class Eagle3(Head):
 
     def fuse(self, features: Tensor) -> Tensor:
         o = self.options
+        # vLLM's and SGLang's order where both are on: first over all layers together, then layer by layer.
+        if o.norm_before_fc:
+            features = self.input_norm(features)
         if o.fc_norm:
             parts = torch.split(features, o.target_hidden_size, dim=-1)
             features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
-        if o.norm_before_fc:
-            features = self.input_norm(features)
         fused: Tensor = self.fc(features)
         return fused
 

@@ -29,7 +29,7 @@ def stored_answer(sample: StoredSample) -> StoredAnswer:
 def replay(
     composition: Composition, spec: TargetSpec, answers: Sequence[StoredAnswer], batch: int = 64
 ) -> list[Generation]:
-    """The rounds that the engine would take to write these answers, in exact arithmetic the same as decoding them anew."""
+    """The rounds in which the engine would write these answers: in exact arithmetic those of decoding them anew."""
     order = sorted(range(len(answers)), key=lambda i: -len(answers[i].ids))
     found: dict[int, Generation] = {}
     for first in range(0, len(order), batch):

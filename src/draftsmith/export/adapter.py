@@ -7,11 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from draftsmith.drafters.eagle3 import Eagle3
+from draftsmith.drafters.base import Frontier
+from draftsmith.drafters.eagle3 import Eagle3, Eagle3Options
 from draftsmith.export.checkpoint import Golden, HeadCheckpoint, TargetCard
+from draftsmith.export.validate import Forward
+from draftsmith.foundation.options import validate
 from draftsmith.target.model import HFTarget
 
-GOLDEN_ROWS = 6
+GOLDEN_ROWS = 24
 
 
 def target_card(target: HFTarget, served_as: str, licence: str = "") -> TargetCard:
@@ -37,19 +40,37 @@ def head_checkpoint(head: Eagle3, card: TargetCard) -> HeadCheckpoint:
 
 
 def golden(head: Eagle3) -> Golden:
-    """A stored forward pass of a head: rows of random features and tokens, and the log probabilities that came out."""
+    """A stored forward pass of a head in float32: rows of random features and tokens, two drafted nodes, and what came out."""
     generator = torch.Generator().manual_seed(0)
     wide = len(head.options.auxiliary_layers) * head.options.target_hidden_size
     inputs = {
         "tokens": torch.randint(0, head.options.vocab_size, (1, GOLDEN_ROWS + 1), generator=generator),
         "features": torch.randn((1, GOLDEN_ROWS + 1, wide), generator=generator),
+        "drafted": torch.randint(0, head.options.vocab_size, (1, 2), generator=generator),
     }
     return Golden(inputs, forward(head, inputs))
 
 
 @torch.inference_mode()
 def forward(head: Eagle3, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The pass that `golden` stores: `log_q [Vd]` after the last token, float32."""
-    state = head.start(1, GOLDEN_ROWS + 1)
-    proposal = head.observe(state, inputs["tokens"], inputs["features"], [inputs["tokens"].shape[1]])
-    return {"log_q": proposal.log_q[0, 0].cpu()}
+    """The pass that `golden` stores: `log_q [3, Vd]` after the last token and after each of two tokens drafted on."""
+    copy = Eagle3(head.options, head.vocab, head.embedding.detach().cpu().float())
+    copy.load_state_dict({name: tensor.detach().cpu().float() for name, tensor in head.state_dict().items()})
+    state = copy.start(1, GOLDEN_ROWS + 4)
+    rows = [copy.observe(state, inputs["tokens"], inputs["features"], [inputs["tokens"].shape[1]]).log_q[0]]
+    for depth, parent in ((1, -1), (2, 0)):
+        token = inputs["drafted"][:, depth - 1 : depth]
+        rows.append(copy.expand(state, Frontier(token, torch.tensor([[parent]]), depth)).log_q[0])
+    return {"log_q": torch.cat(rows)}
+
+
+def checker(embedding: Tensor) -> Forward:
+    """`forward` for a checkpoint that `validate.check` has read; `embedding [V, H]` is the target's."""
+
+    def run(checkpoint: HeadCheckpoint, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        options = validate(Eagle3Options, dict(checkpoint.config), "config.json")
+        head = Eagle3(options, checkpoint.vocab, embedding)
+        head.load_state_dict(dict(checkpoint.tensors))
+        return forward(head, inputs)
+
+    return run

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST = "manifest.json"
 PROVENANCE = "provenance.json"
+WORK = "work"
+_PLAN = "plan.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -67,6 +69,12 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
             yield row
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, as UTF-8."""
+    with _replacing(path) as file:
+        file.write(text.encode())
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
@@ -146,7 +154,9 @@ def writing(
     """Assemble an artefact in a scratch folder beside `folder`; it appears under its name only when it is whole.
 
     On success the manifest and provenance are written and the scratch folder takes the name, replacing an older
-    artefact. On an exception, or a kill at any moment, the scratch folder stays, for a resumed run.
+    artefact. On an exception, or a kill at any moment, the scratch folder stays, for a resumed run. What only a resumed
+    run needs (finished batches, a trainer's state) belongs into the scratch folder's subfolder `WORK`: it is no part of
+    the artefact, and is deleted once that has its name, so that a kill in the last moment loses nothing either.
 
     Args:
         folder: the artefact's place.
@@ -154,7 +164,7 @@ def writing(
         meta: what identifies its content, JSON values: options, fingerprints. Read when the block ends, so that it may
             be filled in meanwhile.
         keep: where an older complete artefact is moved to; by default it is deleted.
-        resume: keep the files of an unfinished earlier run instead of clearing them.
+        resume: keep the files of an unfinished earlier run of the same kind and meta; any others are cleared.
 
     Raises:
         UserError: the disk is full, or `folder` is in the way and no artefact.
@@ -168,11 +178,14 @@ def writing(
             shutil.rmtree(older)
         else:
             older.rename(folder)
-    if scratch.exists() and not resume:
+    plan = json.loads(json.dumps({"kind": kind, "meta": dict(meta)}))
+    if scratch.exists() and not (resume and _planned(scratch) == plan):
         shutil.rmtree(scratch)
     with _disk_full_named(folder.parent, lambda: f"{console.size(_bytes_in(scratch))} written so far"):
         scratch.mkdir(parents=True, exist_ok=True)
         (scratch / MANIFEST).unlink(missing_ok=True)
+        if resume:
+            write_json(scratch / WORK / _PLAN, plan)
         yield scratch
         for leftover in scratch.rglob(".*.tmp"):
             leftover.unlink()
@@ -190,6 +203,14 @@ def writing(
                 if keep.exists():
                     shutil.rmtree(keep)
                 older.rename(keep)
+        tidy(folder)
+
+
+def tidy(folder: Path) -> None:
+    """Delete what a run that was killed at the very end left beside or in a whole artefact."""
+    if (folder / MANIFEST).is_file():
+        for leftover in (folder / WORK, folder.with_name(folder.name + ".old")):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def opened(
@@ -213,10 +234,13 @@ def opened(
     if expect is not None:
         difference = _difference(manifest["meta"], json.loads(json.dumps(expect)), "")
         if difference is not None:
-            field, stored, wanted = difference
+            field, stored, wanted = difference[0], _short(difference[1]), _short(difference[2])
             raise StaleError(
-                f"{folder} was made with other options or inputs: {field} is {_short(stored)} there and "
-                f"{_short(wanted)} now; make it again with --redo, or change {field} back"
+                f"{folder} was made with other options or inputs: {field} is {stored} there and "
+                f"{wanted} now; make it again with --redo, or change {field} back",
+                field,
+                stored,
+                wanted,
             )
     for name, entry in manifest["files"].items():
         path = folder / name
@@ -237,6 +261,14 @@ def checksum(folder: Path) -> str:
     """One hash of the content of an artefact's files, from its manifest."""
     entries = {name: entry["sha256"] for name, entry in _manifest(folder)["files"].items()}
     return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
+def _planned(scratch: Path) -> object:
+    """What an unfinished run was making; None if it can't be told."""
+    try:
+        return read_json(scratch / WORK / _PLAN)
+    except UserError:
+        return None
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -282,7 +314,7 @@ def _an(noun: str) -> str:
 
 def _names(folder: Path) -> list[str]:
     paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in paths if name not in (MANIFEST, PROVENANCE))
+    return sorted(name for name in paths if name not in (MANIFEST, PROVENANCE) and not name.startswith(f"{WORK}/"))
 
 
 def _file_entry(path: Path) -> dict[str, object]:

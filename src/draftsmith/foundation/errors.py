@@ -8,4 +8,12 @@ class UserError(Exception):
 
 
 class StaleError(UserError):
-    """An artefact made with other options or inputs than those wanted now. The text names the field and `--redo`."""
+    """An artefact made with other options or inputs than those wanted now. The text names the field and `--redo`.
+
+    Attributes:
+        field: its dotted name, where there is one; stored, wanted: its values, as text.
+    """
+
+    def __init__(self, text: str, field: str = "", stored: str = "", wanted: str = "") -> None:
+        super().__init__(text)
+        self.field, self.stored, self.wanted = field, stored, wanted

@@ -176,6 +176,7 @@ def statistics(
     *,
     block_rows: int | None = None,
     block_bytes: int = BLOCK_BYTES,
+    expected: tuple[Tensor, Tensor] | None = None,
 ) -> TokenStatistics:
     """All statistics of the target's distribution at N rows, in one pass over bounded blocks; no gradient.
 
@@ -187,6 +188,8 @@ def statistics(
         next_tokens: `[N]` int64, the token that followed each row.
         block_rows: rows projected at once; by default what `block_bytes` holds.
         block_bytes: bytes of one block of logits, counted in float32.
+        expected: (`[N]` weights, `[V]` float32 sum): the weighted rows' distributions are added to the sum, which then
+            says how often the target is expected to write each token, those included that it happened not to write.
 
     Returns:
         `[N]` columns on `hidden`'s device.
@@ -206,7 +209,8 @@ def statistics(
     start = 0
     while True:
         rows = slice(start, start + logits.shape[0])
-        for name, column in _block_statistics(logits, next_tokens[rows], tiles).items():
+        weighted = None if expected is None else (expected[0][rows], expected[1])
+        for name, column in _block_statistics(logits, next_tokens[rows], tiles, weighted).items():
             columns[name][rows] = column
         start = rows.stop
         if start >= n_rows:
@@ -221,7 +225,9 @@ def rows_that_fit(n_bytes: int, width: int) -> int:
     return max(1, n_bytes // (4 * width))
 
 
-def _block_statistics(logits: Tensor, next_tokens: Tensor, tiles: Tensor) -> dict[str, Tensor]:
+def _block_statistics(
+    logits: Tensor, next_tokens: Tensor, tiles: Tensor, expected: tuple[Tensor, Tensor] | None
+) -> dict[str, Tensor]:
     """The columns of one block `[n, V]`; `tiles` `[2, rows, V]` float32 is scratch.
 
     With e = exp(z − m): s1 = Σe, ‖e‖₂ and Σe·(z − m) give everything but the two largest logits. Those come from the
@@ -245,6 +251,9 @@ def _block_statistics(logits: Tensor, next_tokens: Tensor, tiles: Tensor) -> dic
         torch.sum(exps, dim=-1, out=total[rows])
         torch.linalg.vector_norm(exps, dim=-1, out=norm[rows])
         torch.sum(shifted.mul_(exps), dim=-1, out=moment[rows])
+        if expected is not None:
+            weights, sums = expected
+            sums.addmv_(exps.T, weights[rows] / total[rows])
     log_total = total.log()
     spread = log_total - moment / total
     excluded = spread.isnan()

@@ -1,11 +1,11 @@
-"""From stored samples to packed training rows: which samples stand together, and from which positions drafts are unrolled.
+"""From stored samples to packed training rows: which samples stand together, and from where drafts are unrolled.
 
     position          p        p+1       p+2
     the head reads    h_p      e(x_{p+1})
     and is taught               P(· | x_{≤ p+1})   about x_{p+2}
 
-A draft from p counts at unrolled step k if x_{p+1} … x_{p+2+k} are all answer tokens of one turn: what follows the end of an answer
-teaches nothing.
+A draft from p counts at unrolled step k if x_{p+1} … x_{p+2+k} are all answer tokens of one turn: what follows the end
+of an answer teaches nothing.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def epoch_plan(
 ) -> list[list[list[int]]]:
     """An epoch's batches: each a list of rows, each row the samples that stand in it, in a keyed random order.
 
-    Samples go first-fit into the batch's open rows of `row_length` positions (a longer sample gets a row of its own), so a batch is
-    nearly free of padding; a batch holds about `batch_positions` positions.
+    Samples go first-fit into the batch's open rows of `row_length` positions (a longer sample gets a row of its own),
+    so a batch is nearly free of padding; a batch holds about `batch_positions` positions.
     """
     rows_per_batch = max(1, batch_positions // row_length)
     batches: list[list[list[int]]] = []

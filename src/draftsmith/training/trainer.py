@@ -1,8 +1,8 @@
-"""The training loop: packed batches, unrolled steps, AdamW with warm-up and cosine, and the checkpoint that decodes best.
+"""The training loop: packed batches, unrolled steps, AdamW with warm-up and cosine; the best checkpoint is kept.
 
-Everything that a step does follows from its number (batches, learning rate), so that a run that was killed goes on from its last
-checkpoint and ends in the same weights. Given a time box instead of a number of steps, three steps are timed first and the number
-is fixed and written down before training starts.
+Everything that a step does follows from its number (batches, learning rate), so that a run that was killed goes on from
+its last state and ends in the same weights. Given a time box instead of a number of steps, three steps are timed first
+and the number is fixed and written down before training starts.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ContextManager, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from draftsmith.data.features import FeatureStore
@@ -32,10 +32,12 @@ from draftsmith.foundation.options import Options
 from draftsmith.numerics import losses
 from draftsmith.target.protocol import TargetSpec
 from draftsmith.target.replay import StoredAnswer
-from draftsmith.training.batches import TrainBatch, collate, epoch_plan
+from draftsmith.training.batches import TrainBatch, collate, counted_starts, epoch_plan
 from draftsmith.training.objectives.eagle3 import Eagle3Objective, combined
 
 PROBE_STEPS = 3
+SAVE_SECONDS = 120.0  # a kill loses no more than this; when states are saved changes no result
+STATE = "state.safetensors"
 
 
 class TrainOptions(Options):
@@ -69,6 +71,23 @@ class TrainOptions(Options):
     )
     seed: int = 0
 
+    @field_validator("loss")
+    @classmethod
+    def _known(cls, loss: str) -> str:
+        try:
+            losses.by_name(loss)
+        except UserError as problem:
+            raise ValueError(str(problem)) from None
+        return loss
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.steps is None and self.seconds is None:
+            raise ValueError("give steps or seconds: how long to train")
+        if self.steps is not None and self.seconds is not None:
+            raise ValueError("only one of steps and seconds can be given; set the other to null (train.seconds=null)")
+        return self
+
 
 @dataclass(frozen=True)
 class Dev:
@@ -99,33 +118,32 @@ def train(
         meta: what identifies inputs; the options are added.
 
     Returns:
-        The summary that is also in the artefact's `config.json`'s neighbour `training.json`.
+        The summary that is also in the artefact, as `training.json`.
+
+    Raises:
+        UserError: no sample teaches anything, or no dev answer can be replayed.
     """
-    if (options.steps is None) == (options.seconds is None):
-        raise UserError("train: give either steps or seconds, not both or neither")
     identity = {**meta, **checkpoint.identity(head, dev.spec.fingerprint), "train": options.model_dump(mode="json")}
     with artefacts.writing(out, checkpoint.KIND, identity, resume=True) as scratch:
-        state = scratch / "state"
-        if (scratch / "plan.json").is_file() and artefacts.read_json(scratch / "plan.json")["identity"] != identity:
-            for path in state.glob("*"):
-                path.unlink()
-            (scratch / "plan.json").unlink()
-        run = _Training(head, teacher_weight, source, kept, dev, options, state, log)
-        plan_file = scratch / "plan.json"
-        if plan_file.is_file():
-            steps = int(artefacts.read_json(plan_file)["steps"])
-        else:
-            steps = options.steps or run.probe(options.seconds or 0.0)
-            artefacts.write_json(plan_file, {"identity": identity, "steps": steps})
+        work = scratch / artefacts.WORK
+        run = _Training(head, teacher_weight, source, kept, dev, options, work / STATE, log)
+        length = work / "steps.json"
+        if not length.is_file():
+            artefacts.write_json(length, options.steps or run.probe(options.seconds or 0.0))
+        steps = int(artefacts.read_json(length))
         best = run.run(steps)
         checkpoint.write_head(head, scratch, best)
         summary = {"steps": steps, "best_step": run.best_step, "dev_acceptance_length": run.best}
         artefacts.write_json(scratch / "training.json", summary)
-        for path in state.glob("*"):
-            path.unlink()
-        state.rmdir()
-        plan_file.unlink()
     return summary
+
+
+def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
+    """Learning rate of step `step` (from 0) of `steps`: linear warm-up, then half a cosine to 0."""
+    warm = max(1, round(options.warmup * steps))
+    if step < warm:
+        return options.learning_rate * (step + 1) / warm
+    return options.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 class _Training:
@@ -143,12 +161,14 @@ class _Training:
         log: Path,
     ) -> None:
         self.head, self.source, self.dev, self.options, self.state, self.log = head, source, dev, options, state, log
-        self.kept = list(kept)
-        place = {sample: i for i, sample in enumerate(source.ids)}
-        all_lengths = source.lengths
-        self.lengths = [all_lengths[place[i]] for i in self.kept]
+        self.kept = [i for i in kept if bool(counted_starts(source[i].mask, 1).any())]
         if not self.kept:
-            raise UserError("train: no samples to train on")
+            raise UserError(
+                f"none of the {len(kept)} samples to train on has two answer tokens in a row, so there is nothing to "
+                "learn from: look at some with `draftsmith inspect`"
+            )
+        lengths = dict(zip(source.ids, source.lengths, strict=True))
+        self.lengths = [lengths[i] for i in self.kept]
         self.objective = Eagle3Objective(head, teacher_weight, losses.by_name(options.loss))
         self.optimiser = torch.optim.AdamW(
             head.parameters(),
@@ -170,22 +190,9 @@ class _Training:
             for rows in plan:
                 if step >= first:
                     samples = [[self.source[self.kept[i]] for i in row] for row in rows]
-                    batch = collate(samples, self.head.wants, o.unroll_steps, self.head.device)
-                    if bool(batch.counted[0].any()):
-                        yield batch
-                    else:
-                        raise UserError(
-                            "train: a batch has no answer token to learn from; check the answer masks with `inspect`"
-                        )
+                    yield collate(samples, self.head.wants, o.unroll_steps, self.head.device)
                 step += 1
             epoch += 1
-
-    def rate(self, step: int, steps: int) -> float:
-        """Learning rate of a step: linear warm-up, then half a cosine to 0."""
-        warm = max(1, round(self.options.warmup * steps))
-        if step < warm:
-            return self.options.learning_rate * (step + 1) / warm
-        return self.options.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
     def step(self, batch: TrainBatch, rate: float) -> list[float]:
         """One optimiser step; returns each unrolled step's mean loss."""
@@ -228,20 +235,15 @@ class _Training:
         return max(10, int(max(left, 0.2 * seconds) / min(times[1:] or times)))
 
     def run(self, steps: int) -> dict[str, Tensor]:
-        """Train from the last checkpoint (or the start) to the end; returns the best weights."""
+        """Train from the last state (or the start) to the end; returns the best weights."""
         first = self._restore()
         every = max(1, math.ceil(steps / self.options.evaluations))
-        rows = (
-            [row for row in artefacts.read_jsonl(self.log) if row["step"] <= first]
-            if first and self.log.is_file()
-            else []
-        )
-        started = time.perf_counter()
-        with console.progress("training", steps, "steps") as bar:
-            bar.advance(first)
+        rows = self._logged(first)
+        started = saved = time.perf_counter()
+        with console.progress("training", steps, "steps", done=first) as bar:
             for step, batch in zip(range(first, steps), self.batches(first), strict=False):
                 begun = time.perf_counter()
-                rate = self.rate(step, steps)
+                rate = learning_rate(step, steps, self.options)
                 by_step = self.step(batch, rate)
                 seconds = time.perf_counter() - begun
                 speed = batch.positions / seconds
@@ -265,24 +267,44 @@ class _Training:
                     if found > self.best:
                         self.best, self.best_step = found, step + 1
                         self.best_weights = {n: t.detach().clone() for n, t in self._weights().items()}
+                    saved = -math.inf
+                if time.perf_counter() - saved >= SAVE_SECONDS:
                     self._save(step + 1, rows)
+                    saved = time.perf_counter()
         artefacts.write_jsonl(self.log, rows)
         return self.best_weights
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Acceptance length on the dev answers by replay, in the number format of the deployment."""
+        """Acceptance length on the dev answers by replay, in the number format of the deployment.
+
+        Raises:
+            UserError: there is no round in them.
+        """
         own = self.head.state_dict()
         copy = Eagle3(self.head.options, self.head.vocab, self.head.embedding)
         copy.load_state_dict({**own, **self._weights()})
         copy = copy.to(self.head.device, getattr(torch, self.dev.spec.dtype)).eval()
         generations = replay(Single(copy, self.dev.growth), self.dev.spec, self.dev.answers)
-        return metrics.count(generations).acceptance_length
+        found = metrics.count(generations).acceptance_length
+        if math.isnan(found):
+            raise UserError(
+                f"none of the {len(self.dev.answers)} dev answers is longer than one token, so checkpoints can't be "
+                "compared: take more dev prompts (data.dev) or longer answers (regenerate.max_new_tokens)"
+            )
+        return found
+
+    def _logged(self, step: int) -> list[dict[str, Any]]:
+        """The log's rows up to a step. The log is for people: where it was lost or edited, it begins here."""
+        try:
+            return [row for row in artefacts.read_jsonl(self.log) if int(row["step"]) <= step] if step else []
+        except (UserError, KeyError, TypeError, ValueError):
+            return []
 
     def _weights(self) -> dict[str, Tensor]:
         return self.average if self.average is not None else dict(self.head.named_parameters())
 
-    def _precision(self) -> ContextManager[Any]:
+    def _precision(self) -> AbstractContextManager[Any]:
         if self.options.precision == "float32":
             return nullcontext()
         return torch.autocast(self.head.device.type, torch.bfloat16)
@@ -291,27 +313,27 @@ class _Training:
         tensors: dict[str, Tensor] = {}
         for name, parameter in self.head.named_parameters():
             tensors[f"weight.{name}"] = parameter
-            tensors[f"best.{name}"] = self.best_weights[name]
+            if self.best_weights:
+                tensors[f"best.{name}"] = self.best_weights[name]
             for key in ("exp_avg", "exp_avg_sq"):
                 tensors[f"{key}.{name}"] = self.optimiser.state[parameter][key]
             if self.average is not None:
                 tensors[f"average.{name}"] = self.average[name]
-        self.state.mkdir(parents=True, exist_ok=True)
         artefacts.write_jsonl(self.log, rows)
         metadata = {"step": str(step), "best_step": str(self.best_step), "best": repr(self.best)}
-        artefacts.save_tensors(self.state / "training.safetensors", tensors, metadata)
+        artefacts.save_tensors(self.state, tensors, metadata)
 
     def _restore(self) -> int:
-        path = self.state / "training.safetensors"
-        if not path.is_file():
+        if not self.state.is_file():
             return 0
-        metadata = artefacts.load_metadata(path)
-        tensors = artefacts.load_tensors(path)
+        metadata = artefacts.load_metadata(self.state)
+        tensors = artefacts.load_tensors(self.state)
         step = int(metadata["step"])
         with torch.no_grad():
             for name, parameter in self.head.named_parameters():
                 parameter.copy_(tensors[f"weight.{name}"])
-                self.best_weights[name] = tensors[f"best.{name}"].to(parameter.device)
+                if f"best.{name}" in tensors:
+                    self.best_weights[name] = tensors[f"best.{name}"].to(parameter.device)
                 if self.average is not None:
                     self.average[name].copy_(tensors[f"average.{name}"])
                 self.optimiser.state[parameter] = {

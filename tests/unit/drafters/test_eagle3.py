@@ -97,12 +97,12 @@ def by_hand(head: Eagle3, ids: Tensor, features: Tensor, start: int, steps: int)
         return torch.cat([pairs.real, pairs.imag], dim=-1)
 
     def fused(h: Tensor) -> Tensor:
+        if o.norm_before_fc:
+            h = norm(h, w["input_norm.weight"])
         if o.fc_norm:
             size = o.target_hidden_size
             parts = [norm(h[i * size : (i + 1) * size], w[f"fc_norm.{i}.weight"]) for i in range(3)]
             h = torch.cat(parts)
-        if o.norm_before_fc:
-            h = norm(h, w["input_norm.weight"])
         return linear(h, "fc")
 
     keys: list[Tensor] = []

@@ -150,16 +150,16 @@ def test_the_manifest_is_deterministic_and_the_checksum_follows_content(tmp_path
 @pytest.mark.parametrize("exception", [RuntimeError, Killed])
 def test_an_exception_leaves_the_partial_and_the_older_artefact(tmp_path: Path, exception: type[BaseException]) -> None:
     folder = tmp_path / "a"
-    with pytest.raises(exception), artefacts.writing(folder, "features", {}) as scratch:
+    with pytest.raises(exception), artefacts.writing(folder, "features", {}, resume=True) as scratch:
         (scratch / "1").write_text("one")
         raise exception
     assert not folder.exists()
-    assert names(artefacts.partial(folder)) == ["1"]
+    assert names(artefacts.partial(folder)) == ["1", "work/plan.json"]
     with pytest.raises(UserError, match="a is not finished"):
         artefacts.opened(folder, "features")
 
     with artefacts.writing(folder, "features", {}, resume=True) as scratch:
-        assert names(scratch) == ["1"]
+        assert names(scratch) == ["1", "work/plan.json"]
         (scratch / "2").write_text("two")
     assert names(folder) == ["1", "2", "manifest.json", "provenance.json"]
 
@@ -169,6 +169,44 @@ def test_an_exception_leaves_the_partial_and_the_older_artefact(tmp_path: Path, 
     artefacts.opened(folder, "features")
     with artefacts.writing(folder, "features", {}) as scratch:
         assert names(scratch) == []
+
+
+@pytest.mark.parametrize("other", [{"meta": {"seed": 2}}, {"kind": "scores"}, {"resume": False}])
+def test_what_a_run_with_other_options_left_is_cleared(tmp_path: Path, other: dict[str, Any]) -> None:
+    first: dict[str, Any] = {"kind": "features", "meta": {"seed": 1}, "resume": True}
+    with pytest.raises(Killed), artefacts.writing(tmp_path / "a", **first) as scratch:
+        (scratch / "1").write_text("one")
+        raise Killed
+    with pytest.raises(Killed), artefacts.writing(tmp_path / "a", **first) as scratch:
+        assert "1" in names(scratch)
+        raise Killed
+    with artefacts.writing(tmp_path / "a", **(first | other)) as scratch:
+        assert "1" not in names(scratch)
+
+
+def test_what_only_a_resumed_run_needs_is_no_part_of_the_artefact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "a"
+
+    def write() -> list[str]:
+        with artefacts.writing(folder, "features", {}, resume=True) as scratch:
+            found = names(scratch / artefacts.WORK)
+            artefacts.write_json(scratch / artefacts.WORK / "batch.json", 1)
+            artefacts.write_json(scratch / "result.json", 1)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            write()
+    assert write() == ["batch.json", "plan.json"], "killed just before the rename, it has nothing to do again"
+    assert names(folder) == ["manifest.json", "provenance.json", "result.json"]
+    assert list(artefacts.read_json(folder / "manifest.json")["files"]) == ["result.json"]
+    artefacts.write_json(folder / artefacts.WORK / "batch.json", 1)
+    artefacts.opened(folder, "features")
+    artefacts.tidy(folder)
+    assert not (folder / artefacts.WORK).exists()
 
 
 STEPS = ["write_json", "_file_entry", "rename", "rmtree", "_flush"]
@@ -201,7 +239,7 @@ def test_a_kill_at_any_step_leaves_old_or_new_or_nothing(
         with monkeypatch.context() as patch:
             patch.setattr(owner, step, counted)
             try:
-                make(folder, "new")
+                make(folder, "new", resume=resume)
                 finished = True
             except Killed:
                 finished = False

@@ -259,3 +259,19 @@ def test_mass_outside_a_reduced_vocabulary_is_lost_overlap() -> None:
 def test_a_tile_holds_less_than_a_block() -> None:
     # the loop over tiles is what production sizes go through: make sure that this file does, too
     assert distributions.rows_that_fit(distributions.CPU_TILE_BYTES, 150_000) < 3
+
+
+def test_expected_counts_are_the_weighted_sum_of_the_distributions() -> None:
+    torch.manual_seed(5)
+    hidden, weight = torch.randn(37, 8, dtype=torch.float64), torch.randn(301, 8, dtype=torch.float64)
+    weights = (torch.arange(37) % 3 == 0).float()
+    total = torch.full((301,), 2.0)
+    statistics(
+        hidden.float(),
+        lambda h: h @ weight.float().T,
+        torch.zeros(37, dtype=torch.int64),
+        block_rows=10,
+        expected=(weights, total),
+    )
+    naive = 2.0 + (torch.softmax(hidden @ weight.T, -1) * weights.double()[:, None]).sum(0)
+    torch.testing.assert_close(total.double(), naive, rtol=1e-5, atol=1e-6)

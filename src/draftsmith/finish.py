@@ -1,0 +1,154 @@
+"""What people look at and hand over once a run's stages are done: numbers, page, checkpoint folders."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from draftsmith.data.features import FeatureStore
+from draftsmith.drafters.checkpoint import load_drafter
+from draftsmith.evaluation.report.report import write_report
+from draftsmith.evaluation.summary import Result, StageTime, Summary, read_summary, result_table, write_summary
+from draftsmith.export import hand_over
+from draftsmith.export.adapter import golden, head_checkpoint, target_card
+from draftsmith.export.checkpoint import Exported, Extras, Serving
+from draftsmith.foundation import artefacts, console, provenance
+from draftsmith.foundation.errors import UserError
+from draftsmith.numerics.distributions import flatness_from_log_norm
+from draftsmith.stages import chosen_growth, read_selection
+from draftsmith.target.detokenise import token_texts
+
+if TYPE_CHECKING:
+    from draftsmith.pipeline import Run
+
+NAME = "report and export"
+SUMMARY, REPORT, MARK = "summary.json", "report.html", "finished.json"
+
+
+def finish(run: Run) -> None:
+    """Write `summary.json`, the exported checkpoint and `report.html`, if they are not there for this very bench."""
+    mark = {"bench": artefacts.checksum(run.path("bench")), "export": list(run.recipe.export.to)}
+    if _finished(run, mark):
+        console.say(f"{NAME}: done before")
+        summary = read_summary(run.folder / SUMMARY)
+    else:
+        console.heading(f"{NAME}: what to look at, and what to serve")
+        started = time.perf_counter()
+        summarise(run)
+        export(run, run.recipe.export.to)
+        report(run)
+        run.spent(NAME, time.perf_counter() - started, anew=True)
+        summary = summarise(run)
+        artefacts.write_json(run.folder / MARK, mark)
+    columns, rows = result_table(summary.results)
+    console.table("Plain against speculative decoding, same engine, test prompts", columns, rows)
+
+
+def _finished(run: Run, mark: object) -> bool:
+    exports = [run.folder / "export" / server / artefacts.MANIFEST for server in run.recipe.export.to]
+    if not all(path.is_file() for path in (run.folder / SUMMARY, run.folder / REPORT, *exports)):
+        return False
+    try:
+        return bool(artefacts.read_json(run.folder / MARK) == mark)
+    except UserError:
+        return False
+
+
+def summarise(run: Run) -> Summary:
+    """`summary.json` from the bench's results and the stages' times (docs/summary.md).
+
+    Raises:
+        UserError: the bench is missing or damaged.
+    """
+    artefacts.opened(run.path("bench"), "bench")
+    results = [Result.model_validate(row) for row in artefacts.read_json(run.path("bench") / "results.json")]
+    times = [StageTime(name=name, seconds=seconds) for name, seconds in run.seconds().items()]
+    summary = Summary(schema=1, results=results, stages=times)
+    write_summary(run.folder / SUMMARY, summary)
+    return summary
+
+
+def facts(run: Run) -> dict[str, object]:
+    """What the report and the model card say of the run."""
+    o = run.recipe
+    selection = read_selection(run)
+    training = artefacts.read_json(run.path("train") / "training.json")
+    results = artefacts.read_json(run.path("bench") / "results.json")
+    asked = o.data.path or f"made prompts ({', '.join(o.data.sets)})"
+    answers = "the file's own answers" if o.data.keep_answers else "answers by the target"
+    return {
+        "data": f"{asked}; {answers}; {len(selection.kept)} samples kept by {o.select.method}, "
+        f"{selection.tokens_kept} answer tokens",
+        "training": f"EAGLE-3, {o.drafter.draft_vocab_size} draft tokens, {training['steps']} steps, best checkpoint "
+        f"at {training['best_step']}",
+        "training_cost": {
+            name: f"{seconds:.0f} s" for name, seconds in run.seconds().items() if name not in ("bench", NAME)
+        },
+        "acceptance": [
+            {
+                "set": row["set"],
+                "temperature": row["temperature"],
+                "acceptance length": f"{row['acceptance_length']:.2f}",
+                "tree": f"{row.get('node_budget')} nodes",
+                "speed-up here": f"{row['speedup']['estimate']:.2f}",
+            }
+            for row in results
+        ],
+    }
+
+
+def report(run: Run) -> Path:
+    """`report.html`, one file, and its figures beside it."""
+    folder = run.folder
+    found = facts(run)
+    artefacts.write_jsonl(folder / "bench.jsonl", artefacts.read_jsonl(run.path("bench") / "bench.jsonl"))
+    _write_scores(run)
+    shown = {key.replace("_", " ").capitalize(): value for key, value in found.items() if isinstance(value, str)}
+    target = run.recipe.target
+    shown = {"Target": f"{target.name} ({target.dtype})", **shown}
+    artefacts.write_json(folder / "provenance.json", {**provenance.collect(), "facts": shown})
+    return write_report(folder, folder / REPORT)
+
+
+def _write_scores(run: Run) -> None:
+    """`selection.json` and `scores.jsonl` for the report: every sample's score, the tokens' text for a few."""
+    selection = read_selection(run)
+    store = FeatureStore(run.path("score"), checksums=False)
+    names = [n for n in (*selection.kept, *selection.dropped) if n in selection.scores]
+    rows = [{"id": n, "score": selection.scores[n], "kept": n not in selection.dropped} for n in names]
+    artefacts.write_json(run.folder / "selection.json", rows)
+    ranked = sorted(names, key=lambda n: selection.scores[n])
+    spelled = {*ranked[:3], *ranked[-3:], *ranked[len(ranked) // 2 - 2 : len(ranked) // 2 + 2]}
+
+    def scores() -> Iterator[dict[str, object]]:
+        for name in names:
+            sample = store[name]
+            rows = sample.answer_rows
+            values = flatness_from_log_norm(sample.statistics["log_norm"][rows], int(store.meta["vocab_size"]))
+            row: dict[str, object] = {"id": name, "flatness": [round(v, 6) for v in values.tolist()]}
+            if name in spelled:
+                row["pieces"] = token_texts(run.target.tokenizer, sample.ids[sample.mask].tolist())
+            yield row
+
+    artefacts.write_jsonl(run.folder / "scores.jsonl", scores())
+
+
+def export(run: Run, servers: Sequence[str]) -> list[Exported]:
+    """The drafter as folders that servers load, under `export/`; prints the commands that serve them."""
+    target = run.target
+    head = load_drafter(run.path("train"), target)
+    name = str(target.model.config.name_or_path) if run.recipe.target.name == "smollm2" else run.recipe.target.name
+    card = target_card(target, name, "apache-2.0" if run.recipe.target.name == "smollm2" else "")
+    growth = chosen_growth(run.folder)
+    serving = Serving(depth=growth.depth, top_k=growth.width, nodes=growth.build().budget)
+    extras = Extras(facts=facts(run), golden=golden(head), serving=serving)
+    done = []
+    for server in servers:
+        exported = hand_over.export(head_checkpoint(head, card), server, run.folder / "export" / server, extras)
+        console.say(f"exported for {server}: {exported.folder}")
+        for command in exported.commands:
+            console.say(f"  {command}")
+        done.append(exported)
+    return done

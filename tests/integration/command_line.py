@@ -1,0 +1,32 @@
+"""The command line in this process: arguments in; exit code, output and errors out."""
+
+from __future__ import annotations
+
+import io
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from unittest.mock import patch
+
+from draftsmith import cli
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def draftsmith(*arguments: object) -> Ended:
+    """Run `draftsmith <arguments>` as the installed program does; anything but SystemExit is raised on."""
+    out, err = io.StringIO(), io.StringIO()
+    with patch.object(sys, "argv", ["draftsmith", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    return Ended(code, out.getvalue(), err.getvalue())
