@@ -29,6 +29,9 @@ Target = Annotated[str | None, typer.Option(help="Short for target.name=…: fol
 Data = Annotated[
     str | None, typer.Option(help="Short for data.path=…: jsonl, parquet, a folder of them, or a hub data set.")
 ]
+Server = Annotated[
+    str | None, typer.Option(help="Short for regenerate.server.url=…: a server of the same target writes the answers.")
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Options of the recipe, dotted: train.seconds=60 select.ratio=0.7")
 ]
@@ -62,6 +65,7 @@ def quickstart(
     recipe: RecipeName = None,
     target: Target = None,
     data: Data = None,
+    server: Server = None,
     plan: Plan = False,
     redo: Annotated[
         list[str] | None, typer.Option("--redo", help="A stage to make again (may be given several times).")
@@ -70,7 +74,7 @@ def quickstart(
     """The whole path: prompts, answers, selection, a trained drafter, measured, exported. Interrupted, it goes on."""
     from draftsmith.commands import stage
 
-    stage.whole(run, recipe, stage.assignments(overrides, target, data), plan=plan, redo=redo or [])
+    stage.whole(run, recipe, stage.assignments(overrides, target, data, server), plan=plan, redo=redo or [])
 
 
 def _register(name: str, text: str) -> None:
@@ -80,12 +84,13 @@ def _register(name: str, text: str) -> None:
         recipe: RecipeName = None,
         target: Target = None,
         data: Data = None,
+        server: Server = None,
         redo: Redo = False,
         plan: Plan = False,
     ) -> None:
         from draftsmith.commands import stage
 
-        stage.one(name, run, recipe, stage.assignments(overrides, target, data), plan=plan, redo=redo)
+        stage.one(name, run, recipe, stage.assignments(overrides, target, data, server), plan=plan, redo=redo)
 
     app.command(name, help=text)(command)
 

@@ -65,6 +65,7 @@ def serve() -> None:
 
 def _run(arguments: list[str], kill: dict[str, float], folder: Path) -> dict[str, Any]:
     started = time.perf_counter()
+    (folder / "said").touch()
     child = os.fork()
     if not child:
         _in_child(arguments, kill.get("event"), folder)
@@ -84,7 +85,7 @@ def _run(arguments: list[str], kill: dict[str, float], folder: Path) -> dict[str
 def _in_child(arguments: list[str], fatal: float | None, folder: Path) -> None:
     from draftsmith import cli
 
-    said = os.open(folder / "said", os.O_WRONLY | os.O_CREAT)
+    said = os.open(folder / "said", os.O_WRONLY)
     os.dup2(said, 1)
     os.dup2(said, 2)
     count = 0

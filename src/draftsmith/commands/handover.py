@@ -27,7 +27,9 @@ def check(folder: Path, target: str) -> bool:
     for finding in found:
         console.say(f"{finding.severity}: {finding}")
     errors = sum(finding.severity == "error" for finding in found)
-    console.say(f"{folder}: " + (f"{errors} errors" if errors else "nothing wrong found" if not found else "usable, see above"))
+    console.say(
+        f"{folder}: " + (f"{errors} errors" if errors else "nothing wrong found" if not found else "usable, see above")
+    )
     return not errors
 
 
@@ -57,4 +59,6 @@ def bring_in(folder: Path, out: Path, target: str, settings: Sequence[str]) -> N
     head.load_state_dict(dict(found.tensors))
     with artefacts.writing(out, checkpoint.KIND, checkpoint.identity(head, model.spec.fingerprint)) as scratch:
         checkpoint.write_head(head, scratch)
-    console.say(f"{out}: an EAGLE-3 head for {model.spec.name}; `draftsmith.load(target, drafters={str(out)!r})` uses it")
+    console.say(
+        f"{out}: an EAGLE-3 head for {model.spec.name}; `draftsmith.load(target, drafters={str(out)!r})` uses it"
+    )

@@ -20,9 +20,11 @@ RECIPE = "recipe.yaml"
 QUICKSTART = "quickstart"
 
 
-def assignments(overrides: Sequence[str] | None, target: str | None, data: str | None) -> list[str]:
+def assignments(
+    overrides: Sequence[str] | None, target: str | None, data: str | None, server: str | None = None
+) -> list[str]:
     """The dotted assignments, short options first."""
-    given = (("target.name", target), ("data.path", data))
+    given = (("target.name", target), ("data.path", data), ("regenerate.server.url", server))
     # quoted: assignments are read as YAML, and a path may look like a number or hold a colon
     short = [f"{name}={json.dumps(value)}" for name, value in given if value is not None]
     return [*short, *(overrides or [])]

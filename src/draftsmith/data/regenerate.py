@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import Field
 
 from draftsmith.data.conversations import Answer, Conversation, Message, from_row, to_row
+from draftsmith.data.replies import Asked, Tally
+from draftsmith.data.served import ServerOptions
+from draftsmith.data.served import answer as served
 from draftsmith.foundation import artefacts, console
 from draftsmith.foundation.errors import UserError
 from draftsmith.foundation.options import Options
@@ -36,6 +39,7 @@ class RegenerateOptions(Options):
     )
     batch: int = Field(default=64, ge=1, description="prompts decoded together")
     sampling: Sampling = Field(default=Sampling(), description="greedy by default")
+    server: ServerOptions | None = Field(default=None, description="a server of the same target writes them instead")
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ def regenerate(
         if not writer.written:
             reason = f": {next(iter(writer.refused.values()))}" if writer.refused else ", for there is none"
             raise UserError(f"no conversation can be answered{reason}")
+        writer.tally.report()
         artefacts.write_jsonl(scratch / FILE, (to_row(writer.written[i]) for i in order if i in writer.written))
         if writer.refused:
             rows = [{"id": name, "reason": reason} for name, reason in writer.refused.items()]
@@ -125,15 +130,18 @@ class _Writer:
         self.target, self.options, self.folder, self.on_tokens = target, options, folder, on_tokens
         self.written: dict[str, Conversation] = {}
         self.refused: dict[str, str] = {}
+        self.tally = Tally()
         self._ended: set[str] = set()
 
     def write_turn(self, jobs: Sequence[Job], turn: int) -> None:
         """Answer a turn of all conversations; batches that an earlier run finished are read."""
         prompts = {job.id: prompt for job in jobs if (prompt := self._prompt(job)) is not None}
         order = sorted((job for job in jobs if job.id in prompts), key=lambda job: (-len(prompts[job.id][1]), job.id))
-        batches = [order[i : i + self.options.batch] for i in range(0, len(order), self.options.batch)]
+        server = self.options.server
+        size = 4 * server.concurrency if server else self.options.batch
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
         paths = [self.folder / f"{turn}-{number:05d}.jsonl" for number in range(len(batches))]
-        # Counted in tokens, because the answers of a batch end nearly together; what an answer did not need is done too.
+        # Counted in tokens, for a batch's answers end nearly together; what an answer did not need is done too.
         longest = self.options.max_new_tokens
         done = longest * sum(len(batch) for batch, path in zip(batches, paths, strict=True) if path.is_file())
         title = f"writing answers, turn {turn + 1}" if turn else "writing answers"
@@ -146,8 +154,7 @@ class _Writer:
                     rows = []
                     asked = [prompts[job.id][1] for job in batch]
                     names = [job.id for job in batch]
-                    o = self.options
-                    for event in write(self.target, asked, names, o.sampling, o.max_new_tokens):
+                    for event in self._events(asked, names):
                         if isinstance(event, Written):
                             rows.append(self._answered(batch[event.row], *prompts[names[event.row]], event))
                             answers += 1
@@ -160,6 +167,22 @@ class _Writer:
                     rows.sort(key=lambda c: c.id)
                     artefacts.write_jsonl(path, (to_row(c) for c in rows))
                 self.written.update({c.id: c for c in rows})
+
+    def _events(self, asked: Sequence[list[int]], names: Sequence[str]) -> Iterator[Written | int]:
+        """Finished answers and counts of tokens, from the target here or from a server."""
+        o = self.options
+        if o.server is None:
+            yield from write(self.target, asked, names, o.sampling, o.max_new_tokens)
+            return
+        spec = self.target.spec
+        questions = [
+            Asked(i, ids, name, room=min(o.max_new_tokens, spec.max_positions - len(ids)))
+            for i, (ids, name) in enumerate(zip(asked, names, strict=True))
+        ]
+        tokenizer, ends = self.target.tokenizer, spec.eos_ids
+        for answer in served(o.server, questions, o.sampling, o.max_new_tokens, tokenizer, ends, self.tally):
+            yield Written(answer.index, answer.token_ids, answer.complete)
+            yield len(answer.token_ids)
 
     def _prompt(self, job: Job) -> tuple[list[Message], list[int]] | None:
         """The messages before a turn and their token ids; None if it can't be answered."""

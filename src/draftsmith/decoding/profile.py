@@ -1,11 +1,15 @@
-"""What a round costs on this machine, measured once and kept as data: milliseconds of a verification by its rows, of a drafter's
-round by growth. Decisions are made from these numbers, never from clocks while decoding, so that every run can be replayed."""
+"""What a round costs on this machine, measured once and kept as data: milliseconds of a verification by its rows, of a
+drafter's round by growth.
+
+Decisions are made from these numbers, never from clocks while decoding, so that every run can be replayed.
+"""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -45,7 +49,7 @@ def interpolated(costs: dict[int, float], rows: int) -> float:
     known = sorted(costs)
     if rows <= known[0]:
         return costs[known[0]]
-    for low, high in zip(known, known[1:], strict=False):
+    for low, high in pairwise(known):
         if rows <= high:
             share = (rows - low) / (high - low)
             return costs[low] + share * (costs[high] - costs[low])
@@ -54,7 +58,7 @@ def interpolated(costs: dict[int, float], rows: int) -> float:
 
 @torch.inference_mode()
 def draft_cost(target: HFTarget, composition: Composition, context: int = 128, repeats: int = 8) -> float:
-    """Milliseconds that a composition takes for a round: reading what was committed (two tokens) and growing the trees."""
+    """Milliseconds that a composition takes for a round: reading two committed tokens and growing the trees."""
     device = target.device
     ids = ((torch.arange(context + 1)[None] * 7 + 11) % target.spec.vocab_size).to(device)
     wants = composition.wants

@@ -40,7 +40,7 @@ def head_checkpoint(head: Eagle3, card: TargetCard) -> HeadCheckpoint:
 
 
 def golden(head: Eagle3) -> Golden:
-    """A stored forward pass of a head in float32: rows of random features and tokens, two drafted nodes, and what came out."""
+    """A stored forward pass of a head in float32: random features and tokens, two drafted nodes, and what came out."""
     generator = torch.Generator().manual_seed(0)
     wide = len(head.options.auxiliary_layers) * head.options.target_hidden_size
     inputs = {

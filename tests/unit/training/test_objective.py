@@ -1,0 +1,176 @@
+"""The EAGLE-3 objective: what it teaches, against a naive loss in float64, chain by chain; packing changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from draftsmith.data.features import FeatureStore, StoredSample
+from draftsmith.drafters.base import Frontier
+from draftsmith.drafters.eagle3 import Eagle3, StepOut
+from draftsmith.numerics.losses import forward_kl
+from draftsmith.target.vocabulary import VocabMap
+from draftsmith.training.batches import collate
+from draftsmith.training.objectives.eagle3 import Eagle3Objective, combined
+from tests.tiny import VOCAB, tiny_head, tiny_target
+from tests.unit.training.stored import WANT, random_samples, stored
+from tests.unit.training.test_batches import counts
+
+STEPS = 3
+PART = VocabMap(torch.arange(VOCAB)[torch.arange(VOCAB) % 3 != 1], VOCAB)
+
+
+def teacher_weight(vocab: VocabMap) -> Tensor:
+    weight: Tensor = tiny_target().model.get_output_embeddings().weight
+    return weight[vocab.target_ids]
+
+
+def values_by_step(head: Eagle3, rows: list[list[StoredSample]]) -> list[dict[tuple[int, int], float]]:
+    """The objective's losses by (sample, position) for each unrolled step, whatever the packing."""
+    batch = collate(rows, head.wants, STEPS, torch.device("cpu"))
+    objective = Eagle3Objective(head, teacher_weight(head.vocab), forward_kl, block_rows=5)
+    found = []
+    for out in head.unroll(batch.unroll, STEPS):
+        values, where = objective.token_losses(out, batch)
+        starts = batch.unroll.starts[where[:, 0], where[:, 1]]
+        owners = batch.samples[where[:, 0], where[:, 1]]
+        places = batch.unroll.positions[where[:, 0], starts]
+        keys = zip(owners.tolist(), places.tolist(), strict=True)
+        found.append(dict(zip(keys, values.tolist(), strict=True)))
+    return found
+
+
+@torch.inference_mode()
+def naive(head: Eagle3, sample: StoredSample) -> list[dict[int, float]]:
+    """Σ p·(log p − log q) in float64 for each chain that counts: drafted by `observe` and `expand`, judged by the
+    target's own logits on the text."""
+    target = tiny_target()
+    ids = sample.ids.tolist()
+    logits = target.model(input_ids=sample.ids[None]).logits[0].double()
+    log_p = logits.log_softmax(-1)[:, head.vocab.target_ids]
+    features = torch.cat([sample.hidden[k] for k in head.wants.layers], dim=-1)
+    found: list[dict[int, float]] = [{} for _ in range(STEPS)]
+    mask = sample.mask.tolist()
+    for p in range(len(ids)):
+        if not counts(mask, p, 0):
+            continue
+        state = head.start(1, len(ids) + STEPS)
+        # token x_{t+1} goes in with the state h_t that produced it
+        seen = torch.cat([features[:1], features[: p + 1]])[None]
+        log_q = head.observe(state, sample.ids[None, : p + 2], seen, [p + 2]).log_q[0, 0]
+        for step in range(STEPS):
+            if not counts(mask, p, step):
+                break
+            if step:
+                frontier = Frontier(sample.ids[p + 1 + step][None, None], torch.tensor([[step - 2]]), step)
+                log_q = head.expand(state, frontier).log_q[0, 0]
+            row = log_p[p + 1 + step]
+            found[step][p] = float((row.exp() * (row - log_q.double())).sum())
+    return found
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    return stored(random_samples(8, seed=5), tmp_path_factory.mktemp("objective"))
+
+
+@pytest.mark.parametrize("vocab", [PART, VocabMap.identity(VOCAB)], ids=["part", "whole"])
+def test_the_losses_are_those_of_each_chain_alone(source: FeatureStore, vocab: VocabMap) -> None:
+    head = tiny_head(vocab=vocab)
+    names = source.ids
+    rows = [[source[i] for i in names[:3]], [source[i] for i in names[3:4]], [source[i] for i in names[4:]]]
+    with torch.no_grad():
+        found = values_by_step(head, rows)
+    compared = 0
+    for number, name in enumerate(names):
+        for step, expected in enumerate(naive(head, source[name])):
+            own = {p: value for (owner, p), value in found[step].items() if owner == number}
+            assert own.keys() == expected.keys()
+            for p, value in own.items():
+                assert value == pytest.approx(expected[p], abs=2e-5, rel=2e-5)
+                compared += 1
+    assert compared > 60
+    assert all(found), "every unrolled step has some that count"
+
+
+def test_packed_equals_alone(source: FeatureStore) -> None:
+    head = tiny_head(vocab=PART)
+    names = [i for i in source.ids if any(counts(source[i].mask.tolist(), p, 0) for p in range(len(source[i].ids)))]
+    assert len(names) > 4
+    with torch.no_grad():
+        packed = values_by_step(head, [[source[i] for i in names[:3]], [source[i] for i in names[3:]]])
+        for number, name in enumerate(names):
+            alone = values_by_step(head, [[source[name]]])
+            for step in range(STEPS):
+                own = {p: value for (owner, p), value in packed[step].items() if owner == number}
+                expected = {p: value for (_, p), value in alone[step].items()}
+                assert own == pytest.approx(expected, abs=1e-6, rel=1e-6)
+
+
+def test_gradients_of_packed_rows_are_those_of_the_rows_alone(source: FeatureStore) -> None:
+    """The gradient, too, may not leak from one sample of a row into another."""
+    head = tiny_head(vocab=PART).train()
+    names = [i for i in source.ids if counts(source[i].mask.tolist() + [False], 0, 0) or source[i].mask.any()][:4]
+    objective = Eagle3Objective(head, teacher_weight(PART), forward_kl)
+
+    def gradient(rows: list[list[StoredSample]]) -> dict[str, Tensor]:
+        head.zero_grad()
+        batch = collate(rows, head.wants, STEPS, torch.device("cpu"))
+        losses = [objective.token_losses(out, batch)[0].sum() for out in head.unroll(batch.unroll, STEPS)]
+        torch.stack(losses).sum().backward()
+        return {name: p.grad.clone() for name, p in head.named_parameters() if p.grad is not None}
+
+    packed = gradient([[source[i] for i in names]])
+    alone = [gradient([[source[i]]]) for i in names]
+    assert packed.keys() == {name for name, _ in head.named_parameters()}, "every parameter learns"
+    for name, value in packed.items():
+        expected = sum(part[name] for part in alone)
+        torch.testing.assert_close(value, expected, atol=2e-5, rtol=2e-4)
+
+
+def one_hot_sample(ids: list[int], mask: list[bool]) -> StoredSample:
+    """A target that is sure of the next token: its final state at t is 50 · onehot(x_{t+1}), its output the identity."""
+    following = torch.tensor([*ids[1:], 0])
+    final = 50.0 * torch.nn.functional.one_hot(following, VOCAB).float()
+    return StoredSample(
+        id="known",
+        ids=torch.tensor(ids),
+        mask=torch.tensor(mask),
+        complete=True,
+        hidden={**{k: torch.randn(len(ids), 32) for k in WANT.layers}, "final": final},
+        statistics={"log_z": torch.logsumexp(final, -1)},
+    )
+
+
+def test_what_is_taught_is_the_token_after_the_one_read() -> None:
+    """With a target that knows its next token, the teacher of step k at p is sure of x_{p+2+k}."""
+    ids = [20 + i for i in range(12)]
+    mask = [False] * 4 + [True] * 5 + [False] * 3
+    sample = one_hot_sample(ids, mask)
+    head = tiny_head()
+    batch = collate([[sample]], head.wants, STEPS, torch.device("cpu"))
+    taught: list[tuple[int, int]] = []
+
+    def judge(log_p: Tensor, log_q: Tensor) -> Tensor:
+        assert torch.allclose(log_p.exp().sum(-1), torch.ones(len(log_p)))
+        taught.extend((step, token) for token in log_p.argmax(-1).tolist())
+        return log_q.sum(-1)
+
+    objective = Eagle3Objective(head, torch.eye(VOCAB), judge)
+    for step in range(STEPS):
+        states = torch.zeros(batch.unroll.starts.shape + (head.options.hidden_size,))
+        _, where = objective.token_losses(StepOut(step, states), batch)
+        starts = batch.unroll.starts[where[:, 0], where[:, 1]].tolist()
+        assert [token for k, token in taught if k == step] == [ids[p + 2 + step] for p in starts]
+    assert {token for _, token in taught} == {ids[i] for i in range(5, 9)}, "answer tokens but the first, and no others"
+
+
+def test_steps_are_weighted_and_each_is_divided_by_its_own_count() -> None:
+    steps: list[Any] = [(6.0, 3.0), (4.0, 2.0), (5.0, 1.0), (0.0, 0.0)]
+    tensors = [(torch.tensor(value), torch.tensor(count)) for value, count in steps]
+    assert float(combined(tensors, 0.5)) == pytest.approx(6 / 3 + 0.5 * 4 / 2 + 0.25 * 5 / 1 + 0.125 * 0)
+    assert float(combined(tensors[:1], 0.8)) == pytest.approx(2.0)
