@@ -195,7 +195,9 @@ def main() -> None:
         sys.exit(2)
     except OSError as problem:
         # A disk or a permission is the user's to mend; anything else is ours and keeps its traceback.
-        console.error(f"{problem.strerror or problem}: {problem.filename or ''}".rstrip(": "))
+        place = f"{problem.filename}: " if problem.filename else ""
+        said = (problem.strerror or str(problem)).lower()
+        console.error(f"{place}{said}; mend that, or choose another folder")
         sys.exit(2)
     except KeyboardInterrupt:
         console.say("\ninterrupted; the same command goes on from here")

@@ -136,6 +136,17 @@ class Run:
             elif name in names and (refusal := self.refusal(name)):
                 raise refusal
 
+    def require(self, name: str, redo: bool = False) -> None:
+        """Check before anything is done that a stage can run.
+
+        Raises:
+            UserError, StaleError: as `run`.
+        """
+        for needed in needs(name):
+            if not self.made(needed):
+                raise UserError(f"{self.path(needed)} is missing: run `draftsmith {needed} --run {self.folder}` first")
+        self.refuse_stale([*needs(name), name], [name] if redo else [])
+
     def run(self, name: str, redo: bool = False) -> None:
         """Bring one stage to `done`.
 
@@ -144,10 +155,7 @@ class Run:
             StaleError: its artefact or an input was made otherwise, and `redo` was not said.
         """
         stage, path = STAGES[name], self.path(name)
-        for needed in needs(name):
-            if not self.made(needed):
-                raise UserError(f"{self.path(needed)} is missing: run `draftsmith {needed} --run {self.folder}` first")
-        self.refuse_stale([*needs(name), name], [name] if redo else [])
+        self.require(name, redo)
         if self.made(name) and not redo:
             artefacts.opened(path, stage.kind)
             artefacts.tidy(path)

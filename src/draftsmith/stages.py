@@ -21,7 +21,7 @@ from draftsmith.decoding import profile
 from draftsmith.decoding.composition import Single
 from draftsmith.decoding.growth import GrowthOptions
 from draftsmith.drafters.checkpoint import load_drafter
-from draftsmith.drafters.eagle3 import Eagle3, default_layers, eagle3_options
+from draftsmith.drafters.eagle3 import Eagle3, auxiliary_layers, eagle3_options
 from draftsmith.evaluation import bench as benching
 from draftsmith.evaluation import metrics
 from draftsmith.evaluation.replayed import replay, stored_answer
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 Identity = dict[str, object]
 SPLITS = ("train", "dev", "test")
+COST_NOISE = 0.05  # relative: between two measurements of a round's cost on a shared machine
 
 
 def prompts(run: Run, out: Path, identity: Identity) -> None:
@@ -58,13 +59,11 @@ def prompts(run: Run, out: Path, identity: Identity) -> None:
             found, quarantine = read_conversations(o.path)
             if quarantine.rows:
                 quarantine.write(scratch / "quarantine.jsonl")
-                console.warn(
-                    f"{len(quarantine)} rows set aside ({quarantine}); they are listed in {out / 'quarantine.jsonl'}"
-                )
+                console.warn(f"{quarantine}; they are listed in {out / 'quarantine.jsonl'}")
             parts = _parted(found, (o.train, o.dev, o.test), o.seed, o.path)
         for split, rows in parts.items():
             artefacts.write_jsonl(scratch / f"{split}.jsonl", (to_row(c) for c in rows))
-        console.say(", ".join(f"{len(rows)} {split}" for split, rows in parts.items()) + " prompts")
+        console.say(", ".join(f"{len(parts[split])} {split}" for split in SPLITS) + " prompts")
 
 
 def _parted(
@@ -153,13 +152,17 @@ def _made_by(run: Run) -> dict[str, object]:
 
 
 def _layers(run: Run) -> tuple[int, ...]:
-    return tuple(sorted(run.recipe.drafter.layers or default_layers(run.target.spec.layers)))
+    try:
+        return auxiliary_layers(run.recipe.drafter.layers, run.target.spec.layers)
+    except ValueError as problem:
+        raise UserError(f"drafter.layers: {problem}") from None
 
 
 def score(run: Run, out: Path, identity: Identity) -> None:
     """Statistics of every token (kind "features"); with `features.store: all` the hidden states too, in one pass."""
     both = run.recipe.features.store == "all"
-    want = FeatureSpec(_layers(run), True) if both else FeatureSpec()
+    layers = _layers(run)  # checked here even where they are not read yet
+    want = FeatureSpec(layers, True) if both else FeatureSpec()
     samples = _samples(run)
     total = sum(len(samples_of(c, run.target.tokenizer)) for c in _answers(run)) if run.recipe.data.keep_answers else 0
     if total > len(samples):
@@ -336,10 +339,7 @@ def fresh_head(run: Run, vocab: VocabMap) -> Eagle3:
     """An untrained head: seeded weights; its `lm_head` and last norm begin as the target's."""
     target = run.target
     config = target.model.config.get_text_config()
-    try:
-        o = eagle3_options(config, target.spec, vocab.size, run.recipe.drafter.layers)
-    except ValueError as problem:
-        raise UserError(f"drafter.layers: {problem}") from None
+    o = eagle3_options(config, target.spec, vocab.size, _layers(run))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeding.key("head", run.recipe.train.seed) % 2**31)
         head = Eagle3(o, vocab, target.embedding.float())
@@ -370,7 +370,11 @@ def tune(run: Run, out: Path, identity: Identity) -> None:
                 }
             )
             bar.advance(1)
-    best = max(rows, key=lambda row: float(row["speedup"]))
+    # Acceptance by replay is exact, costs measured in a few seconds are not: of what is equally fast within the noise, the
+    # tree that commits most.
+    fastest = max(float(row["speedup"]) for row in rows)
+    near = [row for row in rows if float(row["speedup"]) >= (1 - COST_NOISE) * fastest]
+    best = max(near, key=lambda row: float(row["acceptance_length"]))
     console.table(
         "Draft trees on dev: acceptance by replay, cost measured here",
         ["nodes", "depth", "width", "acceptance length", "draft ms", "verify ms", "speed-up expected"],

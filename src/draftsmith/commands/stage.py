@@ -13,7 +13,7 @@ from draftsmith import finish
 from draftsmith import recipe as recipes
 from draftsmith.foundation import artefacts, console
 from draftsmith.foundation.errors import UserError
-from draftsmith.pipeline import STAGES, Run, needs
+from draftsmith.pipeline import STAGES, Run
 from draftsmith.plan import show
 
 RECIPE = "recipe.yaml"
@@ -60,7 +60,7 @@ def one(stage: str, folder: Path, name: str | None, overrides: Sequence[str], *,
     if plan:
         show(run, stage)
         return
-    run.refuse_stale([*needs(stage), stage], [stage] if redo else [])
+    run.require(stage, redo)
     _write_recipe(run)
     run.run(stage, redo)
 

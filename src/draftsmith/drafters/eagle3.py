@@ -41,20 +41,30 @@ def default_layers(layers: int) -> tuple[int, int, int]:
     return (2, layers // 2, layers - 3)
 
 
+def auxiliary_layers(chosen: tuple[int, ...] | None, layers: int) -> tuple[int, ...]:
+    """The auxiliary layers in order; the default ones where none are chosen.
+
+    Raises:
+        ValueError: some collide, or are none of the target's, or the last boundary (its state is normed in
+            transformers, raw in servers).
+    """
+    found = tuple(sorted(chosen or default_layers(layers)))
+    if len(set(found)) != len(found) or not all(0 <= k < layers for k in found):
+        raise ValueError(
+            f"auxiliary layers {found} of a target with {layers} layers: name different ones below {layers}"
+        )
+    return found
+
+
 def eagle3_options(
     config: Any, spec: TargetSpec, draft_vocab_size: int, layers: tuple[int, ...] | None = None
 ) -> Eagle3Options:
     """A head of the target's own width for a target's configuration.
 
     Raises:
-        ValueError: auxiliary layers that collide, or the last boundary (its state is normed in transformers, raw in
-            servers).
+        ValueError: as `auxiliary_layers`.
     """
-    chosen = tuple(sorted(layers or default_layers(spec.layers)))
-    if len(set(chosen)) != len(chosen) or not all(0 <= k < spec.layers for k in chosen):
-        raise ValueError(
-            f"auxiliary layers {chosen} of a target with {spec.layers} layers: name different ones below {spec.layers}"
-        )
+    chosen = auxiliary_layers(layers, spec.layers)
     theta, scaling = rotary_parameters(config)
     heads = config.num_attention_heads
     return Eagle3Options(

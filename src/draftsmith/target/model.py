@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -264,17 +265,33 @@ def load_target(
     try:
         source = str(path) if local else shown
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=wanted,
-            trust_remote_code=trust_remote_code,
-            **({"device_map": "auto"} if place == "map" else {}),
-        )
+        with _quiet_in_logs():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=wanted,
+                trust_remote_code=trust_remote_code,
+                **({"device_map": "auto"} if place == "map" else {}),
+            )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{shown}: not loadable as a causal language model: {str(error).splitlines()[0]}") from error
     if place != "map":
         model = model.to(place)
     return HFTarget(model, tokenizer, shown)
+
+
+@contextmanager
+def _quiet_in_logs() -> Iterator[None]:
+    """Without transformers' progress bars where the errors' stream is no terminal: they would stand between errors."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def fingerprint(model: Any) -> str:

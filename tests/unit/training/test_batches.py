@@ -57,13 +57,12 @@ def test_an_epoch_holds_every_sample_once_in_rows_that_fit(
 
 @settings(max_examples=30)
 @given(lengths, st.integers(16, 40), st.integers(16, 120))
-def test_no_row_could_be_saved_by_a_later_sample_of_its_batch(sizes: list[int], row: int, batch: int) -> None:
-    """First fit: a row is opened only when no open row of the batch has room."""
+def test_a_row_is_opened_only_where_no_other_has_room(sizes: list[int], row: int, batch: int) -> None:
     for rows in epoch_plan(sizes, row, batch, 0, 0):
-        used: list[int] = []
+        free: list[int] = []
         for members in rows:
-            assert all(row - earlier < sizes[members[0]] for earlier in used if earlier <= row) or not used
-            used.append(sum(sizes[i] for i in members[:1]))
+            assert all(room < sizes[members[0]] for room in free)
+            free.append(row - sum(sizes[i] for i in members))
 
 
 def test_epochs_differ_and_can_be_repeated() -> None:
