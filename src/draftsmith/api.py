@@ -278,6 +278,10 @@ def run_target(run: Path) -> tuple[str, str, str]:
         UserError: there is no recipe in the folder, or it names no target.
     """
     path = run / "recipe.yaml"
+    if not run.is_dir():
+        raise UserError(
+            f"there is no run at {run}: make one (draftsmith quickstart --run {run}), or give another folder"
+        )
     if not path.is_file():
         raise UserError(f"{run} holds no recipe.yaml that says which target it is for: name the target")
     stored = load_yaml(path).get("target")

@@ -311,7 +311,7 @@ def train(run: Run, out: Path, identity: Identity) -> None:
         f"draft vocabulary of {console.count(vocab.size)} tokens covers {covered:.1%} of the dev answers{filled}"
     )
     head = fresh_head(run, vocab)
-    teacher = target.model.get_output_embeddings().weight[vocab.target_ids.to(target.device)]
+    teacher = target.output_rows(vocab.target_ids)
     log = run.folder / "training.jsonl"
     found = training(head, teacher, store, kept, dev, o.train, out, log, {**identity, "covered": round(covered, 4)})
     _say_saved(run, log)
@@ -370,8 +370,8 @@ def tune(run: Run, out: Path, identity: Identity) -> None:
                 }
             )
             bar.advance(1)
-    # Acceptance by replay is exact, costs measured in a few seconds are not: of what is equally fast within the noise, the
-    # tree that commits most.
+    # Acceptance by replay is exact, costs measured in a few seconds are not: of what is equally fast within the noise,
+    # the tree that commits most.
     fastest = max(float(row["speedup"]) for row in rows)
     near = [row for row in rows if float(row["speedup"]) >= (1 - COST_NOISE) * fastest]
     best = max(near, key=lambda row: float(row["acceptance_length"]))

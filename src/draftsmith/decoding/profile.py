@@ -23,7 +23,7 @@ ROWS = (1, 4, 8, 12, 16, 24, 32, 48)
 
 @torch.inference_mode()
 def verify_cost(target: HFTarget, rows: Sequence[int] = ROWS, context: int = 128, repeats: int = 8) -> dict[int, float]:
-    """Milliseconds of one verification pass of so many rows (the root included), median of `repeats`, sizes interleaved."""
+    """Milliseconds of one verification pass of so many rows (root included), median of `repeats`, interleaved."""
     prompt = (torch.arange(context)[None] * 7 + 11) % target.spec.vocab_size
     target.prefill(prompt, [context], FeatureSpec(), context + max(rows) + 1)
     times: dict[int, list[float]] = {n: [] for n in rows}

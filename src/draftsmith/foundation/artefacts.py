@@ -278,9 +278,12 @@ def _manifest(folder: Path) -> dict[str, Any]:
             raise UserError(f"{folder} is not finished: run the command that makes it again, it goes on where it was")
         what = "is no artefact of draftsmith (it has no manifest.json)" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {what}: give another folder, or run the command that makes it")
-    manifest = read_json(path)
+    try:
+        manifest = read_json(path)
+    except UserError as problem:
+        raise UserError(f"{problem}: make {folder} again with --redo") from None
     if not isinstance(manifest, dict) or not {"format", "kind", "meta", "files"} <= manifest.keys():
-        raise UserError(f"{path} is no manifest of draftsmith: make {folder} again")
+        raise UserError(f"{path} is no manifest of draftsmith: make {folder} again with --redo")
     if manifest["format"] != FORMAT:
         raise UserError(
             f"{path}: format {manifest['format']} was written by another version of draftsmith (this one reads "

@@ -75,7 +75,8 @@ def load_yaml(path: Path) -> dict[str, object]:
             return data
         if not isinstance(node, yaml.MappingNode):
             line_found = f"{path}:{node.start_mark.line + 1}"
-            raise UserError(f"{line_found}: expected options (name: value), found {node.value!r:.60}")
+            found = "a list" if isinstance(node, yaml.SequenceNode) else f"{node.value!r:.60}"
+            raise UserError(f"{line_found}: expected options (name: value), found {found}")
         _note_lines(node, (), data, path, ())
         data.update(loader.construct_document(node))
     except yaml.MarkedYAMLError as problem:
@@ -229,7 +230,7 @@ def _sentence(model: type[BaseModel], data: Mapping[str, object], where: str, er
         return f"{source}: {name} is required"
     if kind == "value_error":
         return f"{source}: {name}: {error['msg'].removeprefix('Value error, ')}"
-    said = error["msg"].replace("Input should be", "must be")
+    said = _PLAINLY.get(kind) or error["msg"].replace("Input should be", "must be")
     found = error["input"]
     allowed = re.findall(r"'([^']*)'", str(error.get("ctx", {}).get("expected", ""))) if kind in _CHOICES else []
     near = difflib.get_close_matches(str(found), allowed, n=1)
@@ -238,6 +239,20 @@ def _sentence(model: type[BaseModel], data: Mapping[str, object], where: str, er
 
 
 _CHOICES = ("literal_error", "enum")
+# pydantic speaks to programmers in these
+_PLAINLY = {
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "tuple_type": "must be a list",
+    "model_type": "must be a group of options (name: value)",
+    "model_attributes_type": "must be a group of options (name: value)",
+}
 
 
 def _nearest(place: Path_, known: Sequence[str]) -> str:

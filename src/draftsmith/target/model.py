@@ -85,6 +85,27 @@ class HFTarget:
             logits = torch.tanh(logits / cap) * cap
         return logits
 
+    def output_rows(self, ids: Tensor) -> Tensor:
+        """Rows `[N, H]` whose products with final hidden states are the logits of tokens `ids [N]`; a scale is in them.
+
+        Raises:
+            UserError: there are none, for this model's logits are capped or have a bias.
+        """
+        output = self.model.get_output_embeddings()
+        if (
+            getattr(self._config, "final_logit_softcapping", None) is not None
+            or getattr(output, "bias", None) is not None
+        ):
+            raise UserError(
+                f"{self.spec.name}: this model caps its logits or adds a bias to them; heads can't be taught from its "
+                "hidden states by this version"
+            )
+        rows: Tensor = output.weight[ids.to(output.weight.device)]
+        scale = (getattr(self._config, "logit_scale", None) or 1.0) / (
+            getattr(self._config, "logits_scaling", None) or 1.0
+        )
+        return rows if scale == 1.0 else rows * scale
+
     @torch.inference_mode()
     def prefill(self, ids: Tensor, lengths: Sequence[int], want: FeatureSpec, capacity: int) -> TargetOut:
         batch, width = ids.shape

@@ -36,6 +36,7 @@ from draftsmith.training.batches import TrainBatch, collate, counted_starts, epo
 from draftsmith.training.objectives.eagle3 import Eagle3Objective, combined
 
 PROBE_STEPS = 3
+OVERRUN = 1.3  # how far a time box may be overrun before the planned steps are given up
 SAVE_SECONDS = 120.0  # a kill loses no more than this; when states are saved changes no result
 STATE = "state.safetensors"
 
@@ -215,8 +216,7 @@ class _Training:
         return [float(value.detach() / count.clamp(min=1)) for value, count in sums]
 
     def probe(self, seconds: float) -> int:
-        """How many steps fit into a time box, from three timed ones whose effect is undone."""
-        before = {n: p.detach().clone() for n, p in self.head.named_parameters()}
+        """How many steps fit into a time box, from three timed ones that move nothing (their learning rate is 0)."""
         times = []
         for number, batch in enumerate(self.batches(0)):
             started = time.perf_counter()
@@ -224,9 +224,6 @@ class _Training:
             times.append(time.perf_counter() - started)
             if number + 1 == PROBE_STEPS:
                 break
-        with torch.no_grad():
-            for name, parameter in self.head.named_parameters():
-                parameter.copy_(before[name])
         self.optimiser.state.clear()
         started = time.perf_counter()
         self.evaluate()
@@ -258,7 +255,8 @@ class _Training:
                     }
                 )
                 bar.advance(1, loss=round(by_step[0], 3), **{"positions/s": round(speed)})
-                if (step + 1) % every == 0 or step + 1 == steps:
+                overdue = self._overdue(rows)
+                if (step + 1) % every == 0 or step + 1 == steps or overdue:
                     found = self.evaluate()
                     rows.append(
                         {"step": step + 1, "dev_acceptance_length": found, "seconds": time.perf_counter() - started}
@@ -271,8 +269,20 @@ class _Training:
                 if time.perf_counter() - saved >= SAVE_SECONDS:
                     self._save(step + 1, rows)
                     saved = time.perf_counter()
+                if overdue and step + 1 < steps:
+                    console.warn(
+                        f"training ends at step {step + 1} of {steps}: the machine was much slower than when its steps "
+                        "were timed, and the time box is used up"
+                    )
+                    break
         artefacts.write_jsonl(self.log, rows)
         return self.best_weights
+
+    def _overdue(self, rows: Sequence[dict[str, Any]]) -> bool:
+        """Whether a time box was overrun so far that the planned steps are given up."""
+        if self.options.seconds is None:
+            return False
+        return sum(row["seconds"] for row in rows if "loss" in row) > OVERRUN * self.options.seconds
 
     @torch.no_grad()
     def evaluate(self) -> float:

@@ -214,5 +214,5 @@ def test_a_run_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
         assert capsys.readouterr().out.startswith(shown(expected.text))
     chat(run, str(place), max_new_tokens=NEW, prompt="Hi")
     assert loaded == [True, False, True]
-    with pytest.raises(UserError, match="recipe.yaml"):
+    with pytest.raises(UserError, match="there is no run at .*nowhere: make one"):
         chat(tmp_path / "nowhere", prompt="Hi")

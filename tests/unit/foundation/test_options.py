@@ -92,7 +92,7 @@ def test_a_whole_recipe(tmp_path: Path) -> None:
         ),
         (
             "target: x\ntrain:\n\n  steps: many\n",
-            "/recipe.yaml:4: train.steps must be a valid integer, unable to parse string as an integer, not 'many'",
+            "/recipe.yaml:4: train.steps must be a whole number, not 'many'",
         ),
         ("target: x\ntrain: {steps: 0}\n", "/recipe.yaml:2: train.steps must be greater than 0, not 0"),
         (

@@ -7,15 +7,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
 from draftsmith.data.features import FeatureStore, StoredSample
 from draftsmith.drafters.base import Frontier
 from draftsmith.drafters.eagle3 import Eagle3, StepOut
+from draftsmith.foundation.errors import UserError
 from draftsmith.numerics.losses import forward_kl
+from draftsmith.target.model import HFTarget
+from draftsmith.target.protocol import FeatureSpec
 from draftsmith.target.vocabulary import VocabMap
 from draftsmith.training.batches import collate
 from draftsmith.training.objectives.eagle3 import Eagle3Objective, combined
-from tests.tiny import VOCAB, tiny_head, tiny_target
+from tests.tiny import END, VOCAB, NoTokenizer, tiny_head, tiny_target
 from tests.unit.training.stored import WANT, random_samples, stored
 from tests.unit.training.test_batches import counts
 
@@ -166,6 +170,47 @@ def test_what_is_taught_is_the_token_after_the_one_read() -> None:
         starts = batch.unroll.starts[where[:, 0], where[:, 1]].tolist()
         assert [token for k, token in taught if k == step] == [ids[p + 2 + step] for p in starts]
     assert {token for _, token in taught} == {ids[i] for i in range(5, 9)}, "answer tokens but the first, and no others"
+
+
+def small(config: Any) -> HFTarget:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.generation_config.eos_token_id = END
+    return HFTarget(model, NoTokenizer(), "small")
+
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "eos_token_id": END,
+    "initializer_range": 0.25,
+}
+
+
+@pytest.mark.parametrize(
+    "config", [GraniteConfig(**SHAPE, logits_scaling=4.0), CohereConfig(**SHAPE, logit_scale=0.5)], ids=type
+)
+def test_the_teacher_is_the_target_also_where_logits_are_scaled(config: Any) -> None:
+    target = small(config)
+    ids = torch.arange(10, 30)[None]
+    logits = target.model(input_ids=ids).logits[0]
+    rows = target.output_rows(PART.target_ids)
+    hidden = target.read(ids, [20], FeatureSpec())["final"][0]
+    found = hidden @ rows.T - logits.logsumexp(-1, keepdim=True)
+    torch.testing.assert_close(found, logits.log_softmax(-1)[:, PART.target_ids], atol=1e-5, rtol=1e-5)
+    unscaled = hidden @ target.model.get_output_embeddings().weight[PART.target_ids].T
+    assert (unscaled - logits[:, PART.target_ids]).abs().max() > 0.1, "the scale does something here"
+
+
+def test_a_target_that_caps_its_logits_is_refused() -> None:
+    target = small(Gemma2Config(**SHAPE, final_logit_softcapping=5.0, sliding_window=6, query_pre_attn_scalar=8))
+    with pytest.raises(UserError, match="caps its logits or adds a bias"):
+        target.output_rows(torch.arange(4))
 
 
 def test_steps_are_weighted_and_each_is_divided_by_its_own_count() -> None:

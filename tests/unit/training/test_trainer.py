@@ -21,6 +21,7 @@ from draftsmith.foundation import artefacts
 from draftsmith.foundation.errors import UserError
 from draftsmith.foundation.options import override, validate
 from draftsmith.target.vocabulary import VocabMap
+from draftsmith.training import trainer
 from draftsmith.training.trainer import Dev, TrainOptions, learning_rate, train
 from tests.tiny import VOCAB, tiny_target
 from tests.unit.training.stored import answered, stored
@@ -101,11 +102,13 @@ def test_a_head_learns_eight_answers_by_heart(source: FeatureStore, tmp_path: Pa
 
 
 def test_the_best_checkpoint_is_kept(source: FeatureStore, tmp_path: Path) -> None:
-    """A learning rate that destroys the head after a while: the last weights are not what is kept."""
-    folder = trained(source, tmp_path, FAST.model_copy(update={"steps": 40, "evaluations": 4, "learning_rate": 0.3}))
+    """A learning rate that rises until it destroys the head: the last weights are not what is kept."""
+    wild = {"steps": 40, "evaluations": 4, "learning_rate": 1.0, "warmup": 0.9}
+    folder = trained(source, tmp_path, FAST.model_copy(update=wild))
     logged = [row for row in artefacts.read_jsonl(tmp_path / "log.jsonl") if "dev_acceptance_length" in row]
     lengths = [row["dev_acceptance_length"] for row in logged]
     assert [row["step"] for row in logged] == [10, 20, 30, 40]
+    assert lengths[-1] < max(lengths), "the last is not the best"
     summary = artefacts.read_json(folder / "training.json")
     assert summary["dev_acceptance_length"] == max(lengths)
     assert summary["best_step"] == logged[lengths.index(max(lengths))]["step"]
@@ -160,11 +163,22 @@ def test_dev_answers_that_hold_no_round_are_refused(source: FeatureStore, tmp_pa
 
 
 def test_a_time_box_fixes_the_number_of_steps_and_leaves_no_trace_of_the_probe(
-    source: FeatureStore, tmp_path: Path
+    source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(trainer, "OVERRUN", math.inf)  # a slow moment of the machine is not what is tested here
     boxed = trained(source, tmp_path / "boxed", FAST.model_copy(update={"steps": None, "seconds": 0.4}))
     steps = artefacts.read_json(boxed / "training.json")["steps"]
     assert steps >= 10
     counted = trained(source, tmp_path / "counted", FAST.model_copy(update={"steps": steps}))
     for name in ("model.safetensors", "training.json"):
         assert (boxed / name).read_bytes() == (counted / name).read_bytes()
+
+
+def test_an_overrun_time_box_ends_training_early(
+    source: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps timed on an idle machine would take for ever on a busy one."""
+    monkeypatch.setattr(trainer._Training, "probe", lambda self, seconds: 1000)
+    folder = trained(source, tmp_path, FAST.model_copy(update={"steps": None, "seconds": 1e-6}))
+    assert artefacts.read_json(folder / "training.json")["best_step"] == 1
+    assert "training ends at step 1 of 1000" in capsys.readouterr().err
