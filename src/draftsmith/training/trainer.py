@@ -282,7 +282,7 @@ class _Training:
         """Whether a time box was overrun so far that the planned steps are given up."""
         if self.options.seconds is None:
             return False
-        return sum(row["seconds"] for row in rows if "loss" in row) > OVERRUN * self.options.seconds
+        return sum(float(row["seconds"]) for row in rows if "loss" in row) > OVERRUN * self.options.seconds
 
     @torch.no_grad()
     def evaluate(self) -> float:
