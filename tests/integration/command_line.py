@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -21,9 +22,14 @@ class Ended:
 
 
 def draftsmith(*arguments: object) -> Ended:
-    """Run `draftsmith <arguments>` as the installed program does; anything but SystemExit is raised on."""
+    """Run `draftsmith <arguments>` as the installed program does; anything but SystemExit is raised on.
+
+    The output is as wide as in a log: a test runner's own width (pytest-xdist sets one) would fold the tables.
+    """
     out, err = io.StringIO(), io.StringIO()
-    with patch.object(sys, "argv", ["draftsmith", *map(str, arguments)]), redirect_stdout(out), redirect_stderr(err):
+    wide = patch.dict(os.environ, {"COLUMNS": "140"})
+    argv = patch.object(sys, "argv", ["draftsmith", *map(str, arguments)])
+    with wide, argv, redirect_stdout(out), redirect_stderr(err):
         try:
             cli.main()
             code = 0
