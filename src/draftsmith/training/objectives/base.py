@@ -1,0 +1,85 @@
+"""What the trainer asks of an algorithm: rows out of samples, and per-token losses that nobody has reduced yet.
+
+    loss = Σ_terms weight · (1 / N) Σ_i w_i · l_i
+
+An objective gives the terms (`StepLosses`); token weights give the w_i; the trainer divides by N, the number of a
+term's rows over all ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from draftsmith.data.features import StoredSample
+from draftsmith.selection.tokens import RowFacts
+from draftsmith.target.protocol import FeatureSpec
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """One term of an objective at one unrolled step.
+
+    Attributes:
+        name: of the term ("kl", "feature", "top-k"), for logs; one name stands once at each step.
+        step: unrolled step, from 0.
+        weight: of the term in the sum (step decay times the term's own).
+        values: `[N]` float32, a loss for each row that counts.
+        facts: what token weights may look at, in the order of `values`.
+    """
+
+    name: str
+    step: int
+    weight: float
+    values: Tensor
+    facts: RowFacts
+
+
+class Batch(Protocol):
+    """What an objective's `collate` makes; only the objective looks inside."""
+
+    @property
+    def positions(self) -> int:
+        """Tokens in it that are no padding."""
+        ...
+
+
+class Objective(Protocol):
+    """One training algorithm for one drafter."""
+
+    @property
+    def reads(self) -> FeatureSpec:
+        """The target's states that samples must hold, the teacher's `final` among them."""
+        ...
+
+    def teaches(self, sample: StoredSample) -> bool:
+        """Whether anything in the sample counts."""
+        ...
+
+    def collate(self, rows: Sequence[Sequence[StoredSample]], device: torch.device) -> Any:
+        """Pack samples into rows, padded to the longest; rows of one batch are independent."""
+        ...
+
+    def losses(self, batch: Any, draw: Sequence[int | str]) -> Iterator[StepLosses]:
+        """The batch's terms. `draw` keys whatever is random (feature noise): the seed and the optimiser step."""
+        ...
+
+
+class SampleSource(Protocol):
+    """Where training samples come from: a feature store, or the target itself, reading as training goes on."""
+
+    @property
+    def ids(self) -> Sequence[str]: ...
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Positions of each sample, in the order of `ids`: batches are planned from them."""
+        ...
+
+    def fetch(self, ids: Sequence[str], step: int) -> list[StoredSample]:
+        """The samples of a step's batch; `step` is the optimiser's, for sources whose samples change."""
+        ...
