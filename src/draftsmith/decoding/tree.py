@@ -7,6 +7,7 @@ run over depth.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -132,3 +133,50 @@ def take(tree: DraftTree, chosen: Tensor, counts: Tensor) -> DraftTree:
         pad(tree.owner, 0),
         counts,
     )
+
+
+def merged(trees: Sequence[DraftTree], budget: int, room: Tensor | None = None) -> DraftTree:
+    """In each row one trie of several trees, cut to the `budget` likeliest nodes, which hold their ancestors.
+
+    Nodes with equal tokens on the path from the root are one node. Its log_q is the largest that any tree gave it, its
+    owner the one who gave that (of equals the earlier tree's). A parent's largest is never below its child's, so what
+    is kept is connected.
+
+    Args:
+        trees: at least one, `[B, N_i]` each, of the same B; owners are theirs, nodes of probability 0 go.
+        budget, room: as in `pruned`.
+
+    Raises:
+        ValueError: no trees, or batches of different sizes.
+    """
+    if not trees or len({tree.batch for tree in trees}) > 1:
+        raise ValueError("merged needs at least one tree, all of the same batch")
+    offsets = [sum(tree.size for tree in trees[:i]) for i in range(len(trees))]
+    real = torch.cat([tree.real for tree in trees], 1)
+    tokens = torch.cat([tree.tokens for tree in trees], 1)
+    depths = torch.cat([tree.depths for tree in trees], 1).masked_fill(~real, 0)
+    log_q = torch.cat([tree.log_q for tree in trees], 1).masked_fill(~real, -torch.inf)
+    parents = torch.cat(
+        [torch.where(tree.parents >= 0, tree.parents + o, -1) for tree, o in zip(trees, offsets, strict=True)], 1
+    )
+    size = tokens.shape[1]
+    if not size:
+        return trees[0]
+    alike = (tokens[:, :, None] == tokens[:, None, :]) & (depths[:, :, None] == depths[:, None, :])
+    index = torch.arange(size, device=tokens.device).expand_as(tokens)
+    first = index  # of each node, the first node of the same path; right to a depth more with each turn
+    for _ in range(max(int(depths.max()), 1)):
+        above = torch.where(parents >= 0, first.gather(1, parents.clamp(min=0)), -1)
+        first = (alike & (above[:, :, None] == above[:, None, :])).byte().argmax(2)
+    best = torch.full_like(log_q, -torch.inf).scatter_reduce(1, first, log_q, "amax")
+    giver = torch.where(log_q == best.gather(1, first), index, size)
+    giver = torch.full_like(index, size).scatter_reduce(1, first, giver, "amin").clamp(max=size - 1)
+    trie = DraftTree(
+        tokens,
+        above,
+        depths.clamp(min=1),
+        best.masked_fill(first != index, -torch.inf),
+        torch.cat([tree.owner for tree in trees], 1).gather(1, giver),
+        torch.full_like(trees[0].counts, size),
+    )
+    return pruned(trie, budget, room)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from draftsmith.decoding.tree import DraftTree, empty, pruned, take
+from draftsmith.decoding.tree import DraftTree, empty, merged, pruned, take
 from tests.unit.decoding.trees import WORST, Node, ancestors, forests, packed, unpacked
 
 
@@ -74,6 +75,50 @@ def test_take_renumbers_parents(rows: list[list[Node]], data: st.DataObject) -> 
 
     for row, nodes, new in zip(rows, kept, found, strict=True):
         assert paths(new, list(range(len(new)))) == paths(row, nodes)
+
+
+def naive_merged(trees: list[list[Node]], budget: int, room: int) -> list[tuple[tuple[int, ...], float, int]]:
+    """A dictionary of paths; (path, log q, owner) of what is kept, in the order of first appearance."""
+    trie: dict[tuple[int, ...], tuple[float, int]] = {}
+    for row in trees:
+        for i, node in enumerate(row):
+            path = tuple(row[j].token for j in ancestors(row, i))
+            if path not in trie or node.log_q > trie[path][0]:
+                trie[path] = (node.log_q, node.owner)
+    fits = [path for path, (log_q, _) in trie.items() if log_q > WORST and len(path) <= room]
+    kept = set(sorted(fits, key=lambda path: -trie[path][0])[:budget])
+    assert all(path[:-1] in kept for path in kept if len(path) > 1), "the naive rule must keep ancestors by itself"
+    return [(path, *trie[path]) for path in fits if path in kept]
+
+
+@given(st.data(), st.integers(1, 3), st.integers(1, 4), st.integers(1, 20))
+@settings(max_examples=300)
+def test_merging_equals_a_dictionary_of_paths(data: st.DataObject, batch: int, count: int, budget: int) -> None:
+    trees = [data.draw(forests(most=8, tokens=3, batch=batch)) for _ in range(count)]
+    room = data.draw(st.none() | st.lists(st.integers(0, 4), min_size=batch, max_size=batch))
+    found = merged([packed(rows) for rows in trees], budget, None if room is None else torch.tensor(room))
+    for b, row in enumerate(unpacked(found)):
+        expected = naive_merged([rows[b] for rows in trees], budget, 99 if room is None else room[b])
+        paths = [tuple(row[j].token for j in ancestors(row, i)) for i in range(len(row))]
+        assert [(path, node.log_q, node.owner) for path, node in zip(paths, row, strict=True)] == expected
+        assert [node.depth for node in row] == [len(path) for path in paths]
+
+
+def test_merging_gives_a_node_to_who_is_surer_and_of_equals_to_the_earlier() -> None:
+    first = [Node(5, -1, 1, -1.0, 0), Node(6, 0, 2, -1.5, 0)]
+    second = [Node(5, -1, 1, -0.5, 1), Node(6, 0, 2, -1.5, 1), Node(7, 0, 2, -0.75, 1)]
+    found = unpacked(merged([packed([first]), packed([second])], 9))
+    assert found == [[Node(5, -1, 1, -0.5, 1), Node(6, 0, 2, -1.5, 0), Node(7, 0, 2, -0.75, 1)]]
+    nothing = empty(1, torch.device("cpu"))
+    assert unpacked(merged([nothing, packed([second]), nothing], 2)) == [[second[0], Node(7, 0, 2, -0.75, 1)]]
+    assert merged([nothing, nothing], 3).size == 0
+
+
+def test_merging_refuses_what_is_no_batch() -> None:
+    cpu = torch.device("cpu")
+    for trees in ([], [empty(1, cpu), empty(2, cpu)]):
+        with pytest.raises(ValueError, match="the same batch"):
+            merged(trees, 3)
 
 
 def test_padding_is_never_real() -> None:

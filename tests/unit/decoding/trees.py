@@ -22,10 +22,10 @@ class Node:
 
 
 @st.composite
-def forests(draw: st.DrawFn, most: int = 12, tokens: int = 4) -> list[list[Node]]:
+def forests(draw: st.DrawFn, most: int = 12, tokens: int = 4, batch: int | None = None) -> list[list[Node]]:
     """One list of nodes for each row of a batch; parents first, not ordered by depth. Log probabilities tie often."""
     rows = []
-    for _ in range(draw(st.integers(1, 3))):
+    for _ in range(batch or draw(st.integers(1, 3))):
         nodes: list[Node] = []
         for i in range(draw(st.integers(0, most))):
             parent = draw(st.integers(-1, i - 1))
