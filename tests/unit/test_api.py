@@ -55,7 +55,7 @@ def write_drafter(folder: Path, target: HFTarget) -> Path:
     vocab = VocabMap.identity(target.spec.vocab_size)
     head = Eagle3(eagle3_options(target.model.config, target.spec, vocab.size), vocab, target.embedding)
     with artefacts.writing(folder, checkpoint.KIND, checkpoint.identity(head, target.spec.fingerprint)) as scratch:
-        checkpoint.write_head(head, scratch)
+        checkpoint.write(head, scratch)
     return folder
 
 

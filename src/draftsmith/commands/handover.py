@@ -58,7 +58,7 @@ def bring_in(folder: Path, out: Path, target: str, settings: Sequence[str]) -> N
     head = Eagle3(validate(Eagle3Options, dict(found.config), str(folder)), found.vocab, model.embedding)
     head.load_state_dict(dict(found.tensors))
     with artefacts.writing(out, checkpoint.KIND, checkpoint.identity(head, model.spec.fingerprint)) as scratch:
-        checkpoint.write_head(head, scratch)
+        checkpoint.write(head, scratch)
     console.say(
         f"{out}: an EAGLE-3 head for {model.spec.name}; `draftsmith.load(target, drafters={str(out)!r})` uses it"
     )

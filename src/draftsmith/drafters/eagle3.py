@@ -129,6 +129,9 @@ class StepOut:
 class Eagle3(Head):
     """The head. `vocab` maps its draft vocabulary to the target's; `embedding [V, H]` is the target's."""
 
+    KIND = "eagle3"
+    LABEL = "EAGLE-3 head"
+    OPTIONS = Eagle3Options
     options: Eagle3Options
 
     def __init__(self, o: Eagle3Options, vocab: VocabMap, embedding: Tensor) -> None:

@@ -8,9 +8,9 @@ position is its index.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from draftsmith.drafters.base import Frontier, Proposal
-from draftsmith.foundation.options import Options
+from draftsmith.foundation.options import Options, validate
+from draftsmith.target.model import HFTarget
 from draftsmith.target.vocabulary import VocabMap
 
 
@@ -162,6 +163,10 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Head(nn.Module):
     """Decoding of a head with one decoder layer; subclasses say what the layer reads and what is passed on."""
 
+    KIND: ClassVar[str]
+    LABEL: ClassVar[str]
+    OPTIONS: ClassVar[type[HeadOptions]]
+
     def __init__(self, o: HeadOptions, vocab: VocabMap, embedding: Tensor) -> None:
         super().__init__()
         self.options = o
@@ -169,6 +174,24 @@ class Head(nn.Module):
         # The target's, shared and frozen: kept out of the module's parameters and of its checkpoints.
         self._embedding = (embedding,)
         self.rotary = Rotary(o)
+
+    @classmethod
+    def for_target(cls, o: HeadOptions, vocab: VocabMap, target: HFTarget) -> Self:
+        """An untrained head with what it shares with its target."""
+        return cls(o, vocab, target.embedding)
+
+    @classmethod
+    def from_saved(cls, options: Mapping[str, Any], tensors: dict[str, Tensor], target: HFTarget, where: str) -> Self:
+        """See `drafters.checkpoint.Saved`."""
+        o = validate(cls.OPTIONS, options, where)
+        own = {name: tensor for name, tensor in tensors.items() if name not in ("d2t", "t2d")}
+        head = cls.for_target(o, VocabMap.from_d2t(tensors["d2t"], o.vocab_size), target)
+        head.load_state_dict(own)
+        return head
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is saved: the weights, and the draft vocabulary's maps."""
+        return {**self.state_dict(), "d2t": self.vocab.d2t, "t2d": self.vocab.t2d}
 
     @property
     def vocab(self) -> VocabMap:

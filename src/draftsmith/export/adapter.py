@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from draftsmith.drafters.base import Frontier
+from draftsmith.drafters.checkpoint import Saved
 from draftsmith.drafters.eagle3 import Eagle3, Eagle3Options
 from draftsmith.export.checkpoint import Golden, HeadCheckpoint, TargetCard
 from draftsmith.export.validate import Forward
+from draftsmith.foundation.errors import UserError
 from draftsmith.foundation.options import validate
 from draftsmith.target.model import HFTarget
 
@@ -33,14 +35,20 @@ def target_card(target: HFTarget, served_as: str, licence: str = "") -> TargetCa
     )
 
 
-def head_checkpoint(head: Eagle3, card: TargetCard) -> HeadCheckpoint:
-    """A trained head as the exporters take it, in its own number format."""
+def head_checkpoint(head: Saved, card: TargetCard) -> HeadCheckpoint:
+    """A trained head as the exporters take it, in its own number format.
+
+    Raises:
+        UserError: it is no head.
+    """
+    head = _eagle3(head)
     tensors = {name: tensor.detach().cpu() for name, tensor in head.state_dict().items()}
     return HeadCheckpoint("eagle3", head.options.model_dump(mode="json"), tensors, head.vocab, card)
 
 
-def golden(head: Eagle3) -> Golden:
+def golden(head: Saved) -> Golden:
     """A stored forward pass of a head in float32: random features and tokens, two drafted nodes, and what came out."""
+    head = _eagle3(head)
     generator = torch.Generator().manual_seed(0)
     wide = len(head.options.auxiliary_layers) * head.options.target_hidden_size
     inputs = {
@@ -74,3 +82,9 @@ def checker(embedding: Tensor) -> Forward:
         return forward(head, inputs)
 
     return run
+
+
+def _eagle3(drafter: Saved) -> Eagle3:
+    if not isinstance(drafter, Eagle3):
+        raise UserError(f"a drafter of kind {drafter.KIND} can't be exported by this version")
+    return drafter

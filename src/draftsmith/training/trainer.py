@@ -133,7 +133,7 @@ def train(
             artefacts.write_json(length, options.steps or run.probe(options.seconds or 0.0))
         steps = int(artefacts.read_json(length))
         best = run.run(steps)
-        checkpoint.write_head(head, scratch, best)
+        checkpoint.write(head, scratch, best)
         summary = {"steps": steps, "best_step": run.best_step, "dev_acceptance_length": run.best}
         artefacts.write_json(scratch / "training.json", summary)
     return summary
