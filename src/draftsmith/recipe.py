@@ -80,9 +80,10 @@ class TuneOptions(Options):
     growths: tuple[GrowthOptions, ...] = Field(
         default=(
             GrowthOptions(node_budget=7, depth=3, width=4),
-            GrowthOptions(node_budget=11, depth=4, width=4),
+            GrowthOptions(node_budget=11, depth=3, width=5),
+            GrowthOptions(node_budget=15, depth=3, width=6),
             GrowthOptions(node_budget=15, depth=4, width=4),
-            GrowthOptions(node_budget=15, depth=5, width=4),
+            GrowthOptions(node_budget=15, depth=4, width=6),
             GrowthOptions(node_budget=23, depth=5, width=6),
             GrowthOptions(node_budget=31, depth=5, width=6),
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from draftsmith.selection.samples import ScoredSample, Selection
 from draftsmith.selection.samples import select as choose
 from draftsmith.selection.scores import SCORES, Evidence, token_scores
 from draftsmith.target.protocol import FeatureSpec
+from draftsmith.target.replay import StoredAnswer
 from draftsmith.target.vocabulary import VocabMap
 from draftsmith.training.trainer import Dev
 from draftsmith.training.trainer import train as training
@@ -283,6 +285,15 @@ def _dev(run: Run, store: FeatureStore, growth: GrowthOptions) -> Dev:
     return Dev(run.target.spec, answers, growth.build())
 
 
+def _dev_by_set(run: Run, store: FeatureStore) -> dict[str, list[StoredAnswer]]:
+    sets = {c.id: _set_of(c) for c in read_prompts(run, "dev")}
+    answers: dict[str, list[StoredAnswer]] = {}
+    for i in store.ids:
+        if (prompt := _asked_in(i, sets)) is not None:
+            answers.setdefault(sets[prompt], []).append(stored_answer(store[i]))
+    return answers
+
+
 def vocabulary(run: Run) -> VocabMap:
     """The draft vocabulary: the tokens that the target is expected to write most, end and special tokens always.
 
@@ -348,25 +359,31 @@ def fresh_head(run: Run, vocab: VocabMap) -> Eagle3:
 
 
 def tune(run: Run, out: Path, identity: Identity) -> None:
-    """Choose the tree (kind "growth"): measure what verifying and drafting cost here, replay dev, take the fastest."""
+    """Choose the tree (kind "growth"): measure what verifying and drafting cost here, replay dev, take the fastest.
+
+    The speed-up expected of a tree is the geometric mean over the sets: a tree that is good for one only is not taken.
+    """
     target = run.target
     head = load_drafter(run.path("train"), target)
-    dev = _dev(run, stored_features(run), run.recipe.growth)
+    answers = _dev_by_set(run, stored_features(run))
     costs = profile.verify_cost(target)
     rows: list[dict[str, Any]] = []
     with console.progress("trying draft trees on dev", len(run.recipe.tune.growths), "trees") as bar:
         for growth in run.recipe.tune.growths:
             single = Single(head, growth.build())
-            found = metrics.count(replay(single, target.spec, dev.answers))
+            found = {name: metrics.count(replay(single, target.spec, own)) for name, own in answers.items()}
+            lengths = [c.acceptance_length for c in found.values() if not math.isnan(c.acceptance_length)]
+            mean = math.exp(sum(map(math.log, lengths)) / len(lengths)) if lengths else math.nan
             draft = profile.draft_cost(target, single)
             verify = profile.interpolated(costs, 1 + growth.build().budget)
             rows.append(
                 {
                     "growth": growth.model_dump(mode="json"),
-                    "acceptance_length": found.acceptance_length,
+                    "acceptance_length": mean,
+                    "acceptance_length_by_set": {name: c.acceptance_length for name, c in found.items()},
                     "draft_ms": draft,
                     "verify_ms": verify,
-                    "speedup": found.acceptance_length * profile.interpolated(costs, 1) / (draft + verify),
+                    "speedup": mean * profile.interpolated(costs, 1) / (draft + verify),
                 }
             )
             bar.advance(1)

@@ -17,6 +17,7 @@ from draftsmith.decoding.composition import Composition
 from draftsmith.decoding.growth import Limits
 from draftsmith.target.model import HFTarget
 from draftsmith.target.protocol import FeatureSpec, Rows
+from draftsmith.target.sampling import Sampling, next_tokens
 
 ROWS = (1, 4, 8, 12, 16, 24, 32, 48)
 
@@ -37,7 +38,7 @@ def verify_cost(target: HFTarget, rows: Sequence[int] = ROWS, context: int = 128
             started = time.perf_counter()
             out = target.verify(chain, FeatureSpec())
             assert out.logits is not None
-            out.logits.argmax(-1).tolist()
+            next_tokens(out.logits, Sampling(), [0], chain.depths).tolist()
             if repeat:
                 times[n].append((time.perf_counter() - started) * 1e3)
             target.commit(torch.zeros((1, 1), dtype=torch.int64), [0])

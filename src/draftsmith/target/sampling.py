@@ -111,12 +111,17 @@ def processed(logits: Tensor, contexts: Sequence[Sequence[int]] | None, sampling
 def draw(scores: Tensor, keys: Tensor | None, sampling: Sampling) -> Tensor:
     """Token `[R]` int64 for each row of scores `[R, V]`: argmax at temperature 0, else Gumbel-max with `keys[r]`."""
     if sampling.temperature == 0.0:
-        return scores.argmax(dim=-1)
+        return _first_largest(scores)
     assert keys is not None
     # Rows of one position share a key: draw its noise once.
     distinct, inverse = torch.unique(keys, return_inverse=True)
     noise = -torch.log(-torch.log(seeding.uniform(distinct, scores.shape[-1])))
-    return (scores.double() + noise[inverse]).argmax(dim=-1)
+    return _first_largest(scores.double() + noise[inverse])
+
+
+def _first_largest(scores: Tensor) -> Tensor:
+    # On a CPU `max` is vectorised along the row and `argmax` is not: ten times as fast for a tree's rows.
+    return scores.max(dim=-1).indices
 
 
 def next_tokens(
@@ -141,7 +146,9 @@ def next_tokens(
     keys = None
     if sampling.temperature > 0.0:
         keys = seeding.position_keys(sampling.seed, requests, positions, "token").reshape(-1).to(logits.device)
-    scores = processed(logits.reshape(batch * rows, vocab), contexts, sampling)
+    scores = logits.reshape(batch * rows, vocab)
+    if sampling.temperature > 0.0 or processors(sampling)[0]:
+        scores = processed(scores, contexts, sampling)  # the largest is the largest in any number format
     return draw(scores, keys, sampling).reshape(batch, rows)
 
 
