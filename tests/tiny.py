@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.drafters.base import Frontier, Proposal
+from draftsmith.drafters.eagle import Eagle, eagle_options
 from draftsmith.drafters.eagle3 import Eagle3, eagle3_options
 from draftsmith.foundation import seeding
 from draftsmith.target.model import HFTarget
@@ -86,6 +87,16 @@ def tiny_head(kind: str = "llama", vocab: VocabMap | None = None, seed: int = 0,
     torch.manual_seed(seed)
     changed = {"initializer_range": 0.2, **changed}
     return Eagle3(options.model_copy(update=changed), vocab, target.embedding).eval()
+
+
+def tiny_eagle(kind: str = "llama", vocab: VocabMap | None = None, seed: int = 0, **changed: Any) -> Eagle:
+    """A random EAGLE head for a tiny target, in float32; `changed` options replace the target's own."""
+    target = tiny_target(kind)
+    vocab = vocab or VocabMap.identity(VOCAB)
+    options = eagle_options(target.model.config, target.spec, vocab.size)
+    torch.manual_seed(seed)
+    changed = {"initializer_range": 0.1, **changed}
+    return Eagle.for_target(options.model_copy(update=changed), vocab, target).eval()
 
 
 def prompts(count: int, vocab: int = VOCAB, seed: int = 0, low: int = 3, high: int = 14) -> list[list[int]]:

@@ -14,7 +14,8 @@ from draftsmith.decoding.engine import Engine
 from draftsmith.decoding.growth import ChainGrowth, DynamicGrowth, Growth
 from draftsmith.decoding.trace import Generation
 from draftsmith.drafters.base import Drafter
-from draftsmith.drafters.eagle3 import Eagle3, UnrollBatch
+from draftsmith.drafters.eagle3 import Eagle3
+from draftsmith.drafters.unrolled import UnrollBatch
 from draftsmith.target.protocol import FeatureSpec
 from draftsmith.target.replay import ReplayTarget, StoredAnswer
 from draftsmith.target.sampling import Sampling

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from draftsmith.drafters.base import Drafter
+from draftsmith.drafters.eagle import Eagle
 from draftsmith.drafters.eagle3 import Eagle3
 from draftsmith.foundation import artefacts
 from draftsmith.foundation.errors import UserError
@@ -52,7 +53,7 @@ class Saved(Drafter, Protocol):
         ...
 
 
-_KINDS: dict[str, type[Saved]] = {kind.KIND: kind for kind in (Eagle3,)}
+_KINDS: dict[str, type[Saved]] = {kind.KIND: kind for kind in (Eagle3, Eagle)}
 
 
 def write(drafter: Saved, scratch: Path, weights: Mapping[str, Tensor] | None = None) -> None:

@@ -8,7 +8,7 @@ position is its index.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -17,9 +17,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from draftsmith.drafters import unrolled
 from draftsmith.drafters.base import Frontier, Proposal
+from draftsmith.drafters.unrolled import StepOut, UnrollBatch
 from draftsmith.foundation.options import Options, validate
 from draftsmith.target.model import HFTarget
+from draftsmith.target.protocol import TargetSpec
 from draftsmith.target.vocabulary import VocabMap
 
 
@@ -40,6 +43,25 @@ class HeadOptions(Options):
     hidden_act: str = "silu"
     attention_bias: bool = False
     initializer_range: float = Field(default=0.02, gt=0)
+
+
+def sizes(config: Any, spec: TargetSpec, draft_vocab_size: int) -> dict[str, Any]:
+    """`HeadOptions` of a head of the target's own width, for a target's (text) configuration."""
+    theta, scaling = rotary_parameters(config)
+    heads = config.num_attention_heads
+    return {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "rms_norm_eps": getattr(config, "rms_norm_eps", 1e-5),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "max_position_embeddings": spec.max_positions,
+        "vocab_size": spec.vocab_size,
+        "draft_vocab_size": draft_vocab_size,
+    }
 
 
 def rotary_parameters(config: Any) -> tuple[float, dict[str, Any] | None]:
@@ -64,6 +86,17 @@ class RMSNorm(nn.Module):
         wide = x.float()
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
         return normed.to(x.dtype) * self.weight.to(x.dtype)
+
+
+@torch.no_grad()
+def norm_scale(norm: nn.Module, size: int) -> Tensor:
+    """What a target's norm multiplies `[H]` normed states with, float32: asked of the norm itself, for some models
+    store it less one (Gemma) or scale it further."""
+    # Large, so that the epsilon is lost in it, a power of two, so that nothing is rounded, and of mean 0.
+    device = next(norm.parameters()).device
+    probe = 1024.0 * (1 - 2 * (torch.arange(size, device=device) % 2)).float()
+    scale: Tensor = (norm(probe) - norm(-probe)).float() / 2 * probe.sign()
+    return scale
 
 
 class Attention(nn.Module):
@@ -217,17 +250,59 @@ class Head(nn.Module):
         """The target's features `[B, T, F]` → the state the layer reads `[B, T, H]`."""
         raise NotImplementedError
 
-    def layer(self, embeds: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-        """One decoder layer over rows (embedding, state) → states `[B, T, H]`."""
+    @property
+    def decoder(self) -> Any:
+        """The decoder layer: a module with `self_attn`, `mlp` and `post_attention_layernorm`."""
+        raise NotImplementedError
+
+    def inputs(self, embeds: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """What attention reads of rows (embedding, state), and the residual `[B, T, H]` that it is added to."""
         raise NotImplementedError
 
     def passed_on(self, states: Tensor) -> Tensor:
         """What the next step reads as its state."""
         return states
 
+    def judged(self, states: Tensor) -> Tensor:
+        """What the output embedding is multiplied with."""
+        return states
+
+    @property
+    def output(self) -> Tensor:
+        """The output embedding `[Vd, H]`: the head's own, or rows of the target's."""
+        raise NotImplementedError
+
     def log_q(self, states: Tensor) -> Tensor:
         """Log probabilities over the draft vocabulary, float32 `[B, T, Vd]`."""
-        raise NotImplementedError
+        return F.log_softmax(F.linear(self.judged(states), self.output.to(states.dtype)).float(), dim=-1)
+
+    def queries(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Queries `[B, heads, T, d]` of what attention reads, turned to their positions `[B, T]`."""
+        attention = self.decoder.self_attn
+        return self.rotary.turn(attention.heads(attention.q_proj(x)), positions)
+
+    def keys_values(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, key heads, T, d]`, the keys turned to their positions."""
+        attention = self.decoder.self_attn
+        return self.rotary.turn(attention.heads(attention.k_proj(x)), positions), attention.heads(attention.v_proj(x))
+
+    def rest(self, residual: Tensor, mixed: Tensor) -> Tensor:
+        """The layer from attention's result `[B, heads, T, d]` on: states `[B, T, H]`."""
+        decoder = self.decoder
+        states = residual + decoder.self_attn.o_proj(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = states + decoder.mlp(decoder.post_attention_layernorm(states))
+        return out
+
+    def layer(self, embeds: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """One decoder layer over rows (embedding, state) → states `[B, T, H]`."""
+        x, residual = self.inputs(embeds, hidden)
+        return self.rest(residual, attend(self.queries(x, positions), *self.keys_values(x, positions)))
+
+    def unroll(
+        self, batch: UnrollBatch, steps: int, detach_steps: bool = False, checkpoint_steps: bool = False
+    ) -> Iterator[StepOut]:
+        """Training rows, drafted as in decoding: `unrolled.unroll`."""
+        return unrolled.unroll(self, batch, steps, detach_steps, checkpoint_steps)
 
     def start(self, batch: int, capacity: int) -> HeadState:
         o = self.options

@@ -85,8 +85,10 @@ class HFTarget:
             logits = torch.tanh(logits / cap) * cap
         return logits
 
-    def output_rows(self, ids: Tensor) -> Tensor:
+    def output_rows(self, ids: Tensor | None) -> Tensor:
         """Rows `[N, H]` whose products with final hidden states are the logits of tokens `ids [N]`; a scale is in them.
+
+        None: of all tokens, without a copy where nothing is scaled.
 
         Raises:
             UserError: there are none, for this model's logits are capped or have a bias.
@@ -100,7 +102,7 @@ class HFTarget:
                 f"{self.spec.name}: this model caps its logits or adds a bias to them; heads can't be taught from its "
                 "hidden states by this version"
             )
-        rows: Tensor = output.weight[ids.to(output.weight.device)]
+        rows: Tensor = output.weight if ids is None else output.weight[ids.to(output.weight.device)]
         scale = (getattr(self._config, "logit_scale", None) or 1.0) / (
             getattr(self._config, "logits_scaling", None) or 1.0
         )

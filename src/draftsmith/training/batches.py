@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.data.features import StoredSample
-from draftsmith.drafters.eagle3 import UnrollBatch
+from draftsmith.drafters.unrolled import UnrollBatch
 from draftsmith.foundation import seeding
 from draftsmith.target.protocol import FeatureSpec
 

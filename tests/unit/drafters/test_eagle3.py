@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from draftsmith.drafters.base import Frontier
-from draftsmith.drafters.eagle3 import Eagle3, UnrollBatch, default_layers, eagle3_options
-from draftsmith.drafters.head import HeadState, rotary_parameters
+from draftsmith.drafters.eagle3 import Eagle3, default_layers, eagle3_options
+from draftsmith.drafters.head import rotary_parameters
+from draftsmith.drafters.unrolled import UnrollBatch
 from draftsmith.target.vocabulary import VocabMap
 from tests.tiny import KINDS, VOCAB, tiny_head, tiny_target
+from tests.unit.drafters.drafting import TREE, close, grown, observed, packed, text, unrolling_equals_decoding, width_of
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -49,20 +51,6 @@ def head_of(variant: str, vocab: VocabMap | None = None) -> Eagle3:
             elif name.endswith("bias"):
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     return head
-
-
-def text(length: int, seed: int, head: Eagle3) -> tuple[Tensor, Tensor]:
-    """Random tokens `[length]` and features `[length, F]`."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, VOCAB, (length,), generator=generator)
-    return ids, torch.randn(length, head.fc.in_features, generator=generator)
-
-
-def observed(head: Eagle3, ids: Tensor, features: Tensor) -> tuple[HeadState, Tensor]:
-    """A state that has read `ids`, each with the features of the position before it."""
-    state = head.start(1, 8)
-    shifted = F.pad(features[:-1], (0, 0, 1, 0))
-    return state, head.observe(state, ids[None], shifted[None], [len(ids)]).log_q[0, 0]
 
 
 def by_hand(head: Eagle3, ids: Tensor, features: Tensor, start: int, steps: int) -> list[Tensor]:
@@ -136,10 +124,6 @@ def by_hand(head: Eagle3, ids: Tensor, features: Tensor, start: int, steps: int)
     return out
 
 
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
-    torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=tolerance)
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_drafting_equals_the_equations(variant: str) -> None:
     head = head_of(variant, REDUCED)
@@ -153,66 +137,12 @@ def test_drafting_equals_the_equations(variant: str) -> None:
         close(log_q, expected[step], 1e-4)
 
 
-def packed(head: Eagle3, lengths: list[list[int]], steps: int) -> tuple[UnrollBatch, dict[tuple[int, int], Any]]:
-    """Rows of several texts, padding behind; drafts start wherever `steps` tokens follow, not in order."""
-    width = max(map(sum, lengths)) + 2
-    rows = len(lengths)
-    ids = torch.full((rows, width), 3)
-    features = torch.randn(rows, width, head.fc.in_features, generator=torch.Generator().manual_seed(9))
-    segments = torch.full((rows, width), -1)
-    positions = torch.zeros((rows, width), dtype=torch.int64)
-    begun: list[list[int]] = []
-    texts: dict[tuple[int, int], Any] = {}
-    for r, sizes in enumerate(lengths):
-        begins: list[int] = []
-        at = 0
-        for s, size in enumerate(sizes):
-            own_ids, own_features = text(size, 100 * r + s, head)
-            ids[r, at : at + size], features[r, at : at + size] = own_ids, own_features
-            segments[r, at : at + size] = s
-            positions[r, at : at + size] = torch.arange(size)
-            for p in range(size - steps - 1, -1, -1):
-                texts[r, len(begins)] = (own_ids, own_features, p)
-                begins.append(at + p)
-            at += size
-        begun.append(begins)
-    queries = max(map(len, begun)) + 1
-    starts = torch.tensor([b + [width - 1] * (queries - len(b)) for b in begun])
-    active = torch.tensor([[True] * len(b) + [False] * (queries - len(b)) for b in begun])
-    return UnrollBatch(ids, features, segments, positions, starts, active), texts
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_unrolling_equals_observing_and_expanding(variant: str) -> None:
     """Packed rows, several texts in each, at every start and step: what is trained is what decodes."""
     head, steps = head_of(variant, REDUCED), 4
     batch, texts = packed(head, [[9, 6], [7, 5, 6]], steps)
-    outs = list(head.unroll(batch, steps))
-    assert [o.step for o in outs] == list(range(steps))
-    drafted = [head.log_q(o.states) for o in outs]
-    assert all(bool(d.isfinite().all()) for d in drafted)
-    assert len(texts) == int(batch.active.sum())
-    for (row, query), (ids, features, p) in texts.items():
-        state, log_q = observed(head, ids[: p + 2], features[: p + 2])
-        close(drafted[0][row, query], log_q)
-        for step in range(1, steps):
-            token = ids[None, p + 1 + step : p + 2 + step]
-            log_q = head.expand(state, Frontier(token, torch.tensor([[step - 2]]), step)).log_q[0, 0]
-            close(drafted[step][row, query], log_q)
-
-
-TREE = [(-1, -1, -1), (0, 0, 2), (1, 0, 1, 2)]
-
-
-def grown(head: Eagle3, state: HeadState, tokens: list[Tensor], parents: list[tuple[int, ...]]) -> list[Tensor]:
-    """Expand level by level; `parents` are places within the level above, −1 the root. log q `[B, W, Vd]` of each."""
-    out = []
-    before = offset = 0
-    for depth, (level, above) in enumerate(zip(tokens, parents, strict=True), start=1):
-        slots = torch.tensor([p if p < 0 else p + before for p in above]).expand(level.shape[0], -1)
-        out.append(head.expand(state, Frontier(level, slots, depth)).log_q)
-        before, offset = offset, offset + level.shape[1]
-    return out
+    unrolling_equals_decoding(head, batch, texts, steps)
 
 
 @pytest.mark.parametrize("variant", ["published", "everything"])
@@ -246,7 +176,7 @@ def test_a_batch_of_uneven_lengths_equals_each_alone() -> None:
         for lengths, tree in zip(counts, trees, strict=True):
             own = [lengths[b] for b in rows]
             ids = torch.zeros((len(rows), max(own) + 1), dtype=torch.int64)
-            features = torch.randn(len(rows), max(own) + 1, head.fc.in_features)
+            features = torch.randn(len(rows), max(own) + 1, width_of(head))
             for i, (b, n) in enumerate(zip(rows, own, strict=True)):
                 ids[i, :n] = texts[b][0][done[i] : done[i] + n]
                 for j in range(n):
@@ -287,6 +217,23 @@ def test_gradient_reaches_every_parameter_and_prompts_are_not_drafted_from() -> 
     assert reached.tolist() == [9 <= p <= 13 for p in range(len(reached))]
 
 
+def test_steps_computed_again_give_the_same_gradient() -> None:
+    head, steps = head_of("published", REDUCED), 3
+    batch, texts = packed(head, [[9, 8]], steps)
+    unrolling_equals_decoding(head, batch, texts, steps, checkpoint_steps=True)
+
+    def gradients(again: bool) -> dict[str, Tensor]:
+        head.zero_grad()
+        sum(
+            head.log_q(out.states)[..., 0].sum() for out in head.unroll(batch, steps, checkpoint_steps=again)
+        ).backward()  # type: ignore[union-attr]
+        return {name: p.grad.clone() for name, p in head.named_parameters() if p.grad is not None}
+
+    once, again = gradients(False), gradients(True)
+    assert once.keys() == again.keys() == dict(head.named_parameters()).keys()
+    assert all(torch.equal(once[name], again[name]) for name in once)
+
+
 @pytest.mark.parametrize("detach", [False, True])
 def test_detached_steps_pass_no_gradient_on(detach: bool) -> None:
     head = head_of("published")
@@ -317,6 +264,22 @@ def test_a_head_has_its_targets_shape(kind: str) -> None:
     head = Eagle3(o, VocabMap(torch.arange(40), VOCAB), target.embedding)
     assert "embed_tokens.weight" not in head.state_dict()
     assert head.wants.names == (2, 4, 5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_head_begins_with_its_targets_norm_and_output(kind: str) -> None:
+    """The norm's own arithmetic is what counts: Gemma stores its weight less one."""
+    target = tiny_target(kind)
+    norm = target.model.base_model.norm
+    with torch.no_grad():
+        norm.weight.copy_(torch.randn(32, generator=torch.Generator().manual_seed(3)))
+    head = tiny_head(kind, REDUCED)
+    head.begin_from(target.model.get_output_embeddings().weight, norm)
+    states = torch.randn(5, 32, generator=torch.Generator().manual_seed(4))
+    close(head.norm(states), norm(states))
+    close(head.judged(states) @ head.output.T, (norm(states) @ target.output_rows(None).T)[:, REDUCED.target_ids], 1e-4)
+    with torch.no_grad():
+        norm.weight.fill_(0.0 if kind == "gemma3" else 1.0)
 
 
 @pytest.mark.parametrize("layers", [(2, 2, 5), (2, 4, 8), (-1, 2, 4)])

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, Grani
 
 from draftsmith.data.features import FeatureStore, StoredSample
 from draftsmith.drafters.base import Frontier
-from draftsmith.drafters.eagle3 import Eagle3, StepOut
+from draftsmith.drafters.eagle3 import Eagle3
+from draftsmith.drafters.unrolled import StepOut
 from draftsmith.foundation.errors import UserError
 from draftsmith.numerics.losses import forward_kl
 from draftsmith.target.model import HFTarget

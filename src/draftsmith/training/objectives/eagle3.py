@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from draftsmith.drafters.eagle3 import Eagle3, StepOut
+from draftsmith.drafters.eagle3 import Eagle3
+from draftsmith.drafters.unrolled import StepOut
 from draftsmith.numerics.losses import Loss, chunked_head_loss
 from draftsmith.training.batches import TrainBatch
 
