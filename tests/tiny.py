@@ -17,6 +17,8 @@ from torch import Tensor
 from draftsmith.drafters.base import Frontier, Proposal
 from draftsmith.drafters.eagle import Eagle, eagle_options
 from draftsmith.drafters.eagle3 import Eagle3, eagle3_options
+from draftsmith.drafters.standalone import Standalone
+from draftsmith.drafters.truncation import StandaloneOptions, made
 from draftsmith.foundation import seeding
 from draftsmith.target.model import HFTarget
 from draftsmith.target.protocol import FeatureSpec
@@ -97,6 +99,13 @@ def tiny_eagle(kind: str = "llama", vocab: VocabMap | None = None, seed: int = 0
     torch.manual_seed(seed)
     changed = {"initializer_range": 0.1, **changed}
     return Eagle.for_target(options.model_copy(update=changed), vocab, target).eval()
+
+
+def tiny_draft(kind: str, keep: int, vocab: VocabMap | None = None) -> Standalone:
+    """A standalone draft of a tiny target's first layers, in float32: these random targets need their first most, so
+    that it is right now and then without training."""
+    options = StandaloneOptions(keep_layers=tuple(range(keep)), train_embedding=True)
+    return made(tiny_target(kind), vocab or VocabMap.identity(VOCAB), options, [])
 
 
 def prompts(count: int, vocab: int = VOCAB, seed: int = 0, low: int = 3, high: int = 14) -> list[list[int]]:

@@ -20,8 +20,8 @@ from draftsmith.decoding.tree import DraftTree
 from draftsmith.decoding.verification import Verdict
 from draftsmith.drafters.base import Proposal
 from draftsmith.drafters.head import Head, HeadState
+from draftsmith.target import inside
 from draftsmith.target.cache import KeyValueCache
-from draftsmith.target.model import HFTarget
 from draftsmith.target.protocol import Rows
 from draftsmith.target.sampling import Sampling
 from draftsmith.target.vocabulary import VocabMap
@@ -200,12 +200,14 @@ def windows_are_ignored(patch: Patch) -> None:
 
 
 def windows_count_slots(patch: Patch) -> None:
-    masks = HFTarget._masks
+    masks = inside.cached_masks
 
-    def planted(target: HFTarget, lengths: Tensor, positions: Tensor, visible: Tensor, span: int) -> dict[str, Tensor]:
-        return masks(target, lengths, lengths[:, None] + torch.arange(positions.shape[1]), visible, span)
+    def planted(
+        windows: Mapping[str, int | None], lengths: Tensor, positions: Tensor, visible: Tensor, span: int
+    ) -> dict[str, Tensor]:
+        return masks(windows, lengths, lengths[:, None] + torch.arange(positions.shape[1]), visible, span)
 
-    patch.setattr(HFTarget, "_masks", planted)
+    patch.setattr(inside, "cached_masks", planted)
 
 
 def equality(temperature: float = 0.0, batch: int = 2, **processors: Any) -> Callable[[], object]:

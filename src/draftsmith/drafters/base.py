@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from draftsmith.target.protocol import FeatureSpec
@@ -74,3 +75,24 @@ class Drafter(Protocol):
     def expand(self, state: Any, frontier: Frontier) -> Proposal:
         """Go on from drafted nodes: `log_q [B, W, Vd]` for their children."""
         ...
+
+
+def with_children(ancestors: Tensor, parents: Tensor) -> Tensor:
+    """Who sees whom among a round's nodes once a frontier has joined them: each sees its ancestors and itself.
+
+    Args:
+        ancestors: `[B, P, P]` bool, of the nodes expanded so far.
+        parents: `[B, W]` int64, as in `Frontier`.
+
+    Returns:
+        `[B, P + W, P + W]` bool.
+    """
+    batch, width = parents.shape
+    old = ancestors.shape[1]
+    grown = torch.zeros((batch, old + width, old + width), dtype=torch.bool, device=ancestors.device)
+    grown[:, :old, :old] = ancestors
+    if old:
+        inherited = ancestors.gather(1, parents.clamp(min=0)[:, :, None].expand(-1, -1, old))
+        grown[:, old:, :old] = inherited & (parents >= 0)[:, :, None]
+    grown[:, old:, old:] = torch.eye(width, dtype=torch.bool, device=ancestors.device)
+    return grown

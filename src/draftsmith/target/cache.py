@@ -30,16 +30,18 @@ class KeyValueCache(Cache):
         self._keys: list[Tensor] = []
         self._values: list[Tensor] = []
         self._rows = 0
+        self._held = 0
         self._index: tuple[Tensor, Tensor] | None = None
 
     @property
     def span(self) -> int:
         """Slots that a pass sees: the longest sequence's committed rows and the provisional ones."""
-        return max(self.lengths) + self._rows
+        return max(self.lengths) + self._held + self._rows
 
-    def expect(self, rows: int, device: torch.device) -> None:
-        """Announce a pass of `rows` provisional rows a sequence; grows the buffers if they would not fit."""
-        self._rows = rows
+    def expect(self, rows: int, device: torch.device, held: int = 0) -> None:
+        """Announce a pass of `rows` provisional rows a sequence, behind `held` ones of passes before it that stay
+        provisional (a drafter's nodes); grows the buffers if they would not fit."""
+        self._rows, self._held = rows, held
         if self.span > self.capacity:
             self._grow(max(self.span, 2 * self.capacity))
         if len(set(self.lengths)) == 1:
@@ -48,7 +50,7 @@ class KeyValueCache(Cache):
             start = torch.tensor(self.lengths, device=device)
             self._index = (
                 torch.arange(self.batch, device=device)[:, None],
-                start[:, None] + torch.arange(rows, device=device),
+                start[:, None] + held + torch.arange(rows, device=device),
             )
 
     def update(
@@ -61,7 +63,7 @@ class KeyValueCache(Cache):
             self._values.append(value_states.new_zeros((*shape[:3], value_states.shape[3])))
         keys, values = self._keys[layer_idx], self._values[layer_idx]
         if self._index is None:
-            start = self.lengths[0]
+            start = self.lengths[0] + self._held
             keys[:, :, start : start + self._rows] = key_states
             values[:, :, start : start + self._rows] = value_states
         else:
@@ -89,7 +91,7 @@ class KeyValueCache(Cache):
                 keys[sequence, :, goal] = keys[sequence, :, source]
                 values[sequence, :, goal] = values[sequence, :, source]
         self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
-        self._rows = 0
+        self._rows = self._held = 0
 
     def select(self, sequences: Sequence[int]) -> None:
         """Keep only these sequences of the batch, in this order."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from draftsmith.foundation.errors import UserError
+from draftsmith.target import inside
 from draftsmith.target.cache import KeyValueCache
 from draftsmith.target.protocol import FeatureSpec, Layer, Rows, TargetOut, TargetSpec
 
@@ -35,7 +36,7 @@ class HFTarget:
         self.tokenizer = tokenizer
         self._config: Any = self.model.config.get_text_config()
         self._base: Any = getattr(self.model, self.model.base_model_prefix, None)
-        self._window = _attention_windows(self._config, name)
+        self._window = inside.attention_windows(self._config, name)
         self._additive = self.model.config._attn_implementation == "eager"
         if self._base is None or not hasattr(self._base, "layers"):
             raise UserError(f"{name}: this model's decoder layers can't be found, so its hidden states can't be read")
@@ -76,14 +77,7 @@ class HFTarget:
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits `[…, V]` of final hidden states `[…, H]`, in the model's number format."""
-        logits: Tensor = self.model.get_output_embeddings()(hidden)
-        if (scale := getattr(self._config, "logit_scale", None)) is not None:
-            logits = logits * scale
-        if (divisor := getattr(self._config, "logits_scaling", None)) is not None:
-            logits = logits / divisor
-        if (cap := getattr(self._config, "final_logit_softcapping", None)) is not None:
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+        return inside.finished(self._config, self.model.get_output_embeddings()(hidden))
 
     def output_rows(self, ids: Tensor | None) -> Tensor:
         """Rows `[N, H]` whose products with final hidden states are the logits of tokens `ids [N]`; a scale is in them.
@@ -93,20 +87,7 @@ class HFTarget:
         Raises:
             UserError: there are none, for this model's logits are capped or have a bias.
         """
-        output = self.model.get_output_embeddings()
-        if (
-            getattr(self._config, "final_logit_softcapping", None) is not None
-            or getattr(output, "bias", None) is not None
-        ):
-            raise UserError(
-                f"{self.spec.name}: this model caps its logits or adds a bias to them; heads can't be taught from its "
-                "hidden states by this version"
-            )
-        rows: Tensor = output.weight if ids is None else output.weight[ids.to(output.weight.device)]
-        scale = (getattr(self._config, "logit_scale", None) or 1.0) / (
-            getattr(self._config, "logits_scaling", None) or 1.0
-        )
-        return rows if scale == 1.0 else rows * scale
+        return inside.output_rows(self.model, ids, self.spec.name)
 
     @torch.inference_mode()
     def prefill(self, ids: Tensor, lengths: Sequence[int], want: FeatureSpec, capacity: int) -> TargetOut:
@@ -168,40 +149,16 @@ class HFTarget:
         cache.expect(tokens.shape[1], self.device)
         lengths = torch.tensor(cache.lengths, device=self.device)
         positions = lengths[:, None] + depths
-        masks = self._masks(lengths, positions, rows.visible.to(self.device), cache.span)
+        masks = inside.cached_masks(self._window, lengths, positions, rows.visible.to(self.device), cache.span)
         with self._capturing(want):
             out = self._base(
                 input_ids=tokens,
-                attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+                attention_mask=inside.as_model_takes(masks, self.dtype if self._additive else None),
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
             )
         return {**self._hidden, "final": out.last_hidden_state}
-
-    def _masks(self, lengths: Tensor, positions: Tensor, visible: Tensor, span: int) -> dict[str, Tensor]:
-        """Attention masks `[B, 1, R, span]` by layer type: committed rows, and of this pass's rows the visible ones.
-
-        transformers hands a 4-D mask to every layer as it is, so the windows of sliding layers have to be in it.
-        """
-        slots = torch.arange(span, device=lengths.device)
-        own = lengths[:, None] + torch.arange(positions.shape[1], device=lengths.device)
-        full = (slots < lengths[:, None])[:, None, :].expand(-1, positions.shape[1], -1).contiguous()
-        full.scatter_(2, own[:, None, :].expand_as(visible), visible)
-        masks: dict[str, Tensor] = {}
-        for kind, window in self._window.items():
-            mask = full
-            if window is not None:
-                slot_positions = slots.expand(lengths.shape[0], -1).scatter(1, own, positions)
-                mask = full & (positions[:, :, None] - slot_positions[:, None, :] < window)
-            masks[kind] = mask[:, None]
-        if self._additive:
-            lowest = torch.finfo(self.dtype).min
-            return {
-                kind: torch.zeros_like(mask, dtype=self.dtype).masked_fill_(~mask, lowest)
-                for kind, mask in masks.items()
-            }
-        return masks
 
     def _recorder(self, index: int) -> Any:
         def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -342,16 +299,3 @@ def _end_ids(model: Any, tokenizer: Any) -> tuple[int, ...]:
         value = getattr(holder, "eos_token_id", None)
         ids.update([value] if isinstance(value, int) else value or [])
     return tuple(sorted(ids))
-
-
-def _attention_windows(config: Any, name: str) -> dict[str, int | None]:
-    """Layer type → window in positions (None: sees everything). Refuses what cannot be rolled back."""
-    window = getattr(config, "sliding_window", None)
-    kinds = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
-    known: dict[str, int | None] = {"full_attention": None, "sliding_attention": window}
-    if strange := sorted(kinds - known.keys()):
-        raise UserError(
-            f"{name}: layers of type {', '.join(strange)} can't drop rejected tokens, so this model can't be decoded "
-            "speculatively here"
-        )
-    return {kind: known[kind] for kind in sorted(kinds)}

@@ -12,6 +12,7 @@ from tests.exactness.checks import verification_equals_full_passes
 from tests.tiny import END, KINDS, LAYERS, NoTokenizer, prompts, tiny_target
 
 from draftsmith.foundation.errors import UserError
+from draftsmith.target import inside
 from draftsmith.target import model as model_module
 from draftsmith.target.model import HFTarget, fingerprint, load_target
 from draftsmith.target.protocol import FeatureSpec, Rows
@@ -153,7 +154,7 @@ def test_layers_that_cannot_be_rolled_back_are_refused_by_name() -> None:
 )
 def test_unknown_layer_types_are_refused_by_name(kinds: list[str], message: str) -> None:
     with pytest.raises(UserError, match=f"odd: .*{message}"):
-        model_module._attention_windows(SimpleNamespace(layer_types=kinds, sliding_window=None), "odd")
+        inside.attention_windows(SimpleNamespace(layer_types=kinds, sliding_window=None), "odd")
 
 
 def test_a_model_that_does_something_after_its_layers_is_refused() -> None:
