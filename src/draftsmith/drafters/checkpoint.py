@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from draftsmith.drafters.base import Drafter
 from draftsmith.drafters.eagle import Eagle
 from draftsmith.drafters.eagle3 import Eagle3
+from draftsmith.drafters.standalone import FOLDER, Standalone
 from draftsmith.foundation import artefacts
 from draftsmith.foundation.errors import UserError
 from draftsmith.foundation.options import Options
@@ -53,14 +54,19 @@ class Saved(Drafter, Protocol):
         ...
 
 
-_KINDS: dict[str, type[Saved]] = {kind.KIND: kind for kind in (Eagle3, Eagle)}
+_KINDS: dict[str, type[Saved]] = {kind.KIND: kind for kind in (Eagle3, Eagle, Standalone)}
 
 
 def write(drafter: Saved, scratch: Path, weights: Mapping[str, Tensor] | None = None) -> None:
     """Put a drafter's options and tensors into an artefact under way; `weights` stand in for its own of those names."""
     config = {"kind": drafter.KIND, "options": drafter.options.model_dump(mode="json")}
     artefacts.write_json(scratch / "config.json", config)
-    artefacts.save_tensors(scratch / "model.safetensors", {**drafter.tensors(), **(weights or {})})
+    tensors = {**drafter.tensors(), **(weights or {})}
+    if isinstance(drafter, Standalone):
+        # a whole model: its weights go into a folder that other programs load
+        tensors = drafter.tensors()
+        drafter.write_folder(scratch / FOLDER, weights or {})
+    artefacts.save_tensors(scratch / "model.safetensors", tensors)
 
 
 def identity(drafter: Saved, target_fingerprint: str) -> dict[str, object]:

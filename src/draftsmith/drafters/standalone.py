@@ -11,7 +11,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 from draftsmith.drafters.base import Frontier, Proposal, with_children
 from draftsmith.foundation.errors import UserError
-from draftsmith.foundation.options import Options
+from draftsmith.foundation.options import Options, validate
 from draftsmith.target import inside
 from draftsmith.target.cache import KeyValueCache
+from draftsmith.target.model import HFTarget
 from draftsmith.target.protocol import FeatureSpec
 from draftsmith.target.vocabulary import VocabMap
 
@@ -37,6 +38,7 @@ class StandaloneDraftOptions(Options):
     kept_layers: tuple[int, ...] | None = Field(default=None, description="of the target; none: a model of its own")
     vocab_size: int = Field(description="the target's")
     draft_vocab_size: int = Field(description="tokens that it proposes here; elsewhere it proposes all")
+    dtype: str = Field(default="float32", description="number format of its stored weights: the target's")
 
 
 @dataclass
@@ -59,7 +61,8 @@ class Standalone(nn.Module):
     `vocab` maps its draft vocabulary to the target's.
     """
 
-    KIND = "standalone"
+    KIND: ClassVar[str] = "standalone"
+    LABEL: ClassVar[str] = "standalone draft"
 
     def __init__(self, o: StandaloneDraftOptions, vocab: VocabMap, model: Any, tokenizer: Any = None) -> None:
         super().__init__()
@@ -95,15 +98,48 @@ class Standalone(nn.Module):
         count: int = self._config.num_hidden_layers
         return count
 
-    def deployed(self, weights: Mapping[str, Tensor], dtype: torch.dtype) -> Self:
-        """A frozen copy in another number format with other weights (by parameter name; those not named are its own):
-        what a checkpoint under way is validated as."""
-        twin = copy.deepcopy(self).to(dtype)
-        own = dict(twin.named_parameters())
-        with torch.no_grad():
-            for name, tensor in weights.items():
-                own[name].copy_(tensor)
-        return twin.eval().requires_grad_(False)
+    def tensors(self) -> dict[str, Tensor]:
+        """What is saved beside its transformers folder: the draft vocabulary's maps."""
+        return {"d2t": self.vocab.d2t, "t2d": self.vocab.t2d}
+
+    def write_folder(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write the transformers folder: configuration, weights in the stored format (`weights` instead of its own, by
+        parameter name), the tokenizer where there is one.
+
+        Its generation configuration asks assisted generation for chains of constant length.
+        """
+        model = copy.deepcopy(self).to(getattr(torch, self.options.dtype)).with_weights(weights).model
+        model.generation_config.num_assistant_tokens_schedule = "constant"
+        model.generation_config.assistant_confidence_threshold = 0.0
+        model.save_pretrained(folder)
+        if hasattr(self.tokenizer, "save_pretrained"):
+            self.tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def from_saved(cls, options: Mapping[str, Any], tensors: dict[str, Tensor], target: HFTarget, where: str) -> Self:
+        """See `drafters.checkpoint.Saved`; the transformers folder stands beside the file `where`."""
+        o = validate(StandaloneDraftOptions, options, where)
+        model = load_model(Path(where).parent / FOLDER, o.vocab_size, getattr(torch, o.dtype))
+        return cls(o, VocabMap.from_d2t(tensors["d2t"], o.vocab_size), model, target.tokenizer)
+
+    @torch.no_grad()
+    def with_weights(self, weights: Mapping[str, Tensor]) -> Self:
+        """Itself, with other values in its parameters of these names."""
+        own = dict(self.named_parameters())
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)
+        return self
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # Buffers keep their number format, as when transformers loads a model: rounded rotary frequencies would turn
+        # later positions by wrong angles.
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in list(self.named_buffers()):
+            if buffer.dtype != before[name].dtype:
+                module, _, own = name.rpartition(".")
+                self.get_submodule(module)._buffers[own] = before[name].to(buffer.device)
+        return self
 
     def states(self, ids: Tensor, segments: Tensor, positions: Tensor) -> Tensor:
         """Final hidden states `[R, L, H]` (after the last norm) of packed texts, with gradient; see
@@ -199,20 +235,6 @@ def _no_nodes(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
         torch.zeros((batch, 0), dtype=torch.int64, device=device),
         torch.zeros((batch, 0, 0), dtype=torch.bool, device=device),
     )
-
-
-def save(draft: Standalone, folder: Path, dtype: torch.dtype, weights: Mapping[str, Tensor] | None = None) -> None:
-    """Write the draft's transformers folder: configuration, weights in `dtype`, the tokenizer where there is one.
-
-    Its generation configuration asks assisted generation for chains of constant length.
-    """
-    model = draft.deployed(weights or {}, dtype).model
-    generation = model.generation_config
-    generation.num_assistant_tokens_schedule = "constant"
-    generation.assistant_confidence_threshold = 0.0
-    model.save_pretrained(folder)
-    if hasattr(draft.tokenizer, "save_pretrained"):
-        draft.tokenizer.save_pretrained(folder)
 
 
 def load_model(folder: str | Path, vocab_size: int, dtype: torch.dtype) -> Any:

@@ -68,18 +68,18 @@ def made(target: HFTarget, vocab: VocabMap, o: StandaloneOptions, texts: Sequenc
     size = target.spec.vocab_size
     if o.folder is not None:
         model = load_model(o.folder, size, torch.float32)
-        saved = StandaloneDraftOptions(made_from=o.folder, vocab_size=size, draft_vocab_size=vocab.size)
+        name, layers = o.folder, None
     else:
-        layers = kept_layers(target, o, texts)
-        model = truncated(target.model, layers, target.spec.name).float()
-        saved = StandaloneDraftOptions(
-            made_from=target.spec.name, kept_layers=layers, vocab_size=size, draft_vocab_size=vocab.size
-        )
+        name, layers = target.spec.name, kept_layers(target, o, texts)
+        model = truncated(target.model, layers, name)
+    saved = StandaloneDraftOptions(
+        made_from=name, kept_layers=layers, vocab_size=size, draft_vocab_size=vocab.size, dtype=target.spec.dtype
+    )
     model.requires_grad_(True)
     if not o.train_embedding:
         model.get_input_embeddings().requires_grad_(False)
         model.get_output_embeddings().requires_grad_(False)
-    return Standalone(saved, vocab, model.to(target.device), target.tokenizer)
+    return Standalone(saved, vocab, model.to(target.device), target.tokenizer).float()
 
 
 def kept_layers(target: HFTarget, o: StandaloneOptions, texts: Sequence[Text]) -> tuple[int, ...]:

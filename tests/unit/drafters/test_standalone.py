@@ -3,6 +3,7 @@ engine writes the target's own text in as few passes as transformers' assisted g
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from torch import Tensor
 from draftsmith.decoding.composition import Single
 from draftsmith.decoding.engine import Engine
 from draftsmith.decoding.growth import ChainGrowth
-from draftsmith.drafters import standalone
+from draftsmith.drafters import checkpoint, standalone
 from draftsmith.drafters.base import Frontier
 from draftsmith.drafters.standalone import Standalone
+from draftsmith.foundation import artefacts
 from draftsmith.foundation.errors import UserError
 from draftsmith.target.sampling import Sampling
 from draftsmith.target.vocabulary import VocabMap
@@ -158,10 +160,10 @@ def test_tied_embeddings_stay_tied_and_one_copy_is_saved(tmp_path: Path) -> None
     assert embedding.grad is not None
     with torch.no_grad():
         embedding -= 0.01 * embedding.grad
-    standalone.save(draft, tmp_path / "model", torch.float32)
+    draft.write_folder(tmp_path / "model", {})
     with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
         assert "lm_head.weight" not in file.keys()  # noqa: SIM118
-    twin = draft.deployed({}, torch.float32)
+    twin = copy.deepcopy(draft)
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     for model in (draft.model, twin.model, read):
         assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
@@ -170,15 +172,31 @@ def test_tied_embeddings_stay_tied_and_one_copy_is_saved(tmp_path: Path) -> None
     assert read.generation_config.num_assistant_tokens_schedule == "constant"
 
 
-def test_a_deployed_copy_takes_other_weights_and_leaves_the_draft_alone() -> None:
-    draft = tiny_draft("llama", 3)
+def test_a_draft_is_saved_in_the_targets_format_with_the_weights_given(tmp_path: Path) -> None:
+    vocab = VocabMap(torch.arange(0, VOCAB, 3), VOCAB)
+    draft = tiny_draft("llama", 3, vocab)
+    draft.options = draft.options.model_copy(update={"dtype": "bfloat16"})
     name, parameter = next((n, p) for n, p in draft.named_parameters() if n.endswith("q_proj.weight"))
     before = parameter.detach().clone()
-    twin = draft.deployed({name: parameter.detach() + 1}, torch.bfloat16)
-    assert torch.equal(dict(twin.named_parameters())[name], (before + 1).bfloat16())
+    target = tiny_target("llama")
+    identity = checkpoint.identity(draft, target.spec.fingerprint)
+    with artefacts.writing(tmp_path / "drafter", checkpoint.KIND, identity) as scratch:
+        checkpoint.write(draft, scratch, {name: before + 1})
     assert torch.equal(parameter, before)
-    assert twin.dtype == torch.bfloat16
-    assert not any(p.requires_grad for p in twin.parameters())
+    found = checkpoint.load_drafter(tmp_path / "drafter", target, torch.bfloat16)
+    assert isinstance(found, Standalone)
+    assert found.options == draft.options
+    assert found.vocab.digest == vocab.digest
+    assert torch.equal(dict(found.named_parameters())[name], (before + 1).bfloat16())
+    assert not any(p.requires_grad for p in found.parameters())
+
+
+def test_rotary_frequencies_are_not_rounded_with_the_weights() -> None:
+    draft = tiny_draft("llama", 3).eval()
+    exact = {name: buffer.clone() for name, buffer in draft.named_buffers()}
+    assert any("inv_freq" in name for name in exact)
+    for name, buffer in copy.deepcopy(draft).to(torch.bfloat16).named_buffers():
+        assert torch.equal(buffer, exact[name])
 
 
 def test_the_head_slice_follows_the_weights() -> None:
@@ -193,7 +211,7 @@ def test_the_head_slice_follows_the_weights() -> None:
 
 
 def test_a_model_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
-    standalone.save(tiny_draft("llama", 2), tmp_path / "model", torch.float32)
+    tiny_draft("llama", 2).write_folder(tmp_path / "model", {})
     assert standalone.load_model(tmp_path / "model", VOCAB, torch.float32).config.num_hidden_layers == 2
     with pytest.raises(UserError, match="tokenizer"):
         standalone.load_model(tmp_path / "model", VOCAB + 1, torch.float32)
