@@ -257,7 +257,7 @@ STAGES: Mapping[str, Stage] = {
             "drafter",
             "drafter",
             ("features", "select"),
-            ("drafter", "growth", "train"),
+            ("drafter", "growth", "deploy", "train"),
             stages.train,
             "the EAGLE-3 head",
         ),

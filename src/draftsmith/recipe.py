@@ -16,7 +16,9 @@ from draftsmith.foundation import options
 from draftsmith.foundation.errors import UserError
 from draftsmith.foundation.options import Options
 from draftsmith.selection.samples import SelectionOptions
-from draftsmith.training.trainer import TrainOptions
+from draftsmith.training.dev import DeployOptions
+from draftsmith.training.options import TrainOptions
+from draftsmith.training.trackers import TrackingOptions
 
 
 class TargetOptions(Options):
@@ -107,7 +109,11 @@ class Recipe(Options):
     select: SelectOptions = SelectOptions()
     drafter: DrafterOptions = DrafterOptions()
     train: TrainOptions = TrainOptions(seconds=300)
+    tracking: TrackingOptions = TrackingOptions()
     growth: GrowthOptions = Field(default=GrowthOptions(), description="the tree that training's replays use")
+    deploy: DeployOptions | None = Field(
+        default=None, description="the server that will use the drafter: training's replays then draft as it does"
+    )
     tune: TuneOptions = TuneOptions()
     bench: BenchOptions = BenchOptions()
     export: ExportOptions = ExportOptions()

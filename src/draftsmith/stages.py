@@ -29,6 +29,7 @@ from draftsmith.evaluation.replayed import replay, stored_answer
 from draftsmith.foundation import artefacts, console, seeding
 from draftsmith.foundation.errors import StaleError, UserError
 from draftsmith.foundation.options import validate
+from draftsmith.numerics import losses
 from draftsmith.numerics.distributions import TokenStatistics
 from draftsmith.recipe import Recipe
 from draftsmith.selection.samples import ScoredSample, Selection
@@ -37,7 +38,9 @@ from draftsmith.selection.scores import SCORES, Evidence, token_scores
 from draftsmith.target.protocol import FeatureSpec
 from draftsmith.target.replay import StoredAnswer
 from draftsmith.target.vocabulary import VocabMap
-from draftsmith.training.trainer import Dev
+from draftsmith.training.dev import Dev
+from draftsmith.training.objectives.eagle3 import Eagle3Objective
+from draftsmith.training.trackers import tracking
 from draftsmith.training.trainer import train as training
 
 if TYPE_CHECKING:
@@ -313,7 +316,7 @@ def train(run: Run, out: Path, identity: Identity) -> None:
     target, o = run.target, run.recipe
     store = stored_features(run)
     kept = list(read_selection(run).kept)
-    dev = _dev(run, store, o.growth)
+    dev = _dev(run, store, o.deploy.growth if o.deploy else o.growth)
     vocab = vocabulary(run)
     written = torch.cat([torch.tensor(a.ids[a.prompt_length :]) for a in dev.answers])
     covered = vocab.coverage(torch.bincount(written, minlength=target.spec.vocab_size))
@@ -322,13 +325,34 @@ def train(run: Run, out: Path, identity: Identity) -> None:
         f"draft vocabulary of {console.count(vocab.size)} tokens covers {covered:.1%} of the dev answers{filled}"
     )
     head = fresh_head(run, vocab)
-    teacher = target.output_rows(vocab.target_ids)
+    objective = _objective(run, head, vocab)
+    meta: Identity = {**identity, "covered": round(covered, 4)}
+    reference = None
+    if o.train.reference is not None:
+        meta["reference"] = artefacts.checksum(o.train.reference)
+        teaching = load_drafter(o.train.reference, target, torch.float32)
+        reference = _objective(run, teaching, teaching.vocab)
     log = run.folder / "training.jsonl"
-    found = training(head, teacher, store, kept, dev, o.train, out, log, {**identity, "covered": round(covered, 4)})
+    with tracking(o.tracking, run.folder) as track:
+        found = training(head, objective, store, kept, dev, o.train, out, log, meta, reference=reference, track=track)
     _say_saved(run, log)
     console.say(
         f"best checkpoint: step {found['best_step']} of {found['steps']}, dev acceptance length "
         f"{found['dev_acceptance_length']:.3f}"
+    )
+
+
+def _objective(run: Run, head: Eagle3, vocab: VocabMap) -> Eagle3Objective:
+    o = run.recipe.train
+    return Eagle3Objective(
+        head,
+        run.target.output_rows(vocab.target_ids),
+        losses.by_name(o.loss),
+        o.unroll_steps,
+        o.step_decay,
+        o.detach_steps,
+        o.checkpoint_steps,
+        survival="survival" in o.weights.build().needs,
     )
 
 

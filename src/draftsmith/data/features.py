@@ -220,6 +220,14 @@ class FeatureStore:
             statistics={name: shard[name][span] for name in STATISTICS},
         )
 
+    def outline(self, name: str) -> StoredSample:
+        """A sample by id; what training looks at before it begins."""
+        return self[name]
+
+    def fetch(self, ids: Sequence[str], step: int) -> list[StoredSample]:
+        """Samples by id; they are the same at every step."""
+        return [self[i] for i in ids]
+
     def __iter__(self) -> Iterator[StoredSample]:
         return (self[i] for i in range(len(self)))
 

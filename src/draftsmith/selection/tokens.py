@@ -10,12 +10,14 @@ import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Literal, Protocol, get_args
+from typing import ClassVar, Literal, Protocol, Self, get_args
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from draftsmith.foundation.errors import UserError
+from draftsmith.foundation.options import Options
 
 Scope = Literal["micro-batch", "sample", "running"]
 Normalise = Literal["kept", "all"]
@@ -39,7 +41,9 @@ class RowFacts:
 
 
 class TokenWeights(Protocol):
-    """The seam of every objective."""
+    """The seam of every objective. `needs` names the facts that must be there beside `samples`."""
+
+    needs: ClassVar[tuple[str, ...]]
 
     def __call__(self, losses: Tensor, facts: RowFacts, step: int) -> Tensor:
         """Weights `[N]` float32 without gradient for losses `[N]`; `step` counts unrolled steps from 0."""
@@ -118,6 +122,8 @@ def prefix_survival(acceptances: Tensor, *, smoothing: float = 0.0) -> Tensor:
 class Uniform:
     """Plain training."""
 
+    needs: ClassVar[tuple[str, ...]] = ()
+
     def __call__(self, losses: Tensor, facts: RowFacts, step: int) -> Tensor:
         return uniform_weights(losses)
 
@@ -126,6 +132,7 @@ class Uniform:
 class Flatness:
     """Flat tokens count more; see `flatness_weights`."""
 
+    needs: ClassVar[tuple[str, ...]] = ("flatness",)
     power: float = 1.0
     mean: float | None = None
 
@@ -146,6 +153,7 @@ class DeltaLoss:
         thresholds: the running threshold of each unrolled step: the state, to be saved with a checkpoint.
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("reference_losses",)
     fraction: float = 0.4
     scope: Scope = "micro-batch"
     normalise: Normalise = "kept"
@@ -190,6 +198,8 @@ class DeltaLoss:
 class PrefixSurvival:
     """Rows count as often as decoding would reach them; see `prefix_survival`. Not normalised: late steps shrink."""
 
+    needs: ClassVar[tuple[str, ...]] = ("survival",)
+
     def __call__(self, losses: Tensor, facts: RowFacts, step: int) -> Tensor:
         return _needed(facts.survival, "survival").detach().float()
 
@@ -222,6 +232,39 @@ def by_name(name: str, **options: float | str | None) -> TokenWeights:
             there = ", ".join(known) or "none"
             raise UserError(f"the token weights {name!r} have no option {option!r}; known: {there}")
     return kind(**options)
+
+
+class WeightOptions(Options):
+    """Token weights by name, with the options of their own; what is not given is theirs to choose."""
+
+    name: Literal["uniform", "flatness", "delta-loss", "prefix-survival"] = Field(
+        default="uniform",
+        description="flatness: flat tokens count more; delta-loss: only what is worse than the reference by most "
+        "(AdaSPEC); prefix-survival: as often as decoding reaches it",
+    )
+    power: float | None = Field(default=None, description="of the flatness; above 1 sharpens (flatness)")
+    mean: float | None = Field(
+        default=None, gt=0, description="of flatness^power over the corpus; default: each micro-batch's (flatness)"
+    )
+    fraction: float | None = Field(default=None, description="share of the rows that is kept (delta-loss)")
+    scope: Scope | None = Field(default=None, description="among which rows (delta-loss)")
+    normalise: Normalise | None = Field(
+        default=None, description="kept: mean over what is kept; all: over all rows (delta-loss)"
+    )
+    momentum: float | None = Field(default=None, description="of the running threshold (delta-loss)")
+
+    @model_validator(mode="after")
+    def _its_own(self) -> Self:
+        try:
+            self.build()
+        except UserError as problem:
+            raise ValueError(str(problem)) from None
+        return self
+
+    def build(self) -> TokenWeights:
+        """The weights that these options describe, with a fresh state."""
+        given = {name: value for name, value in self if name != "name" and value is not None}
+        return by_name(self.name, **given)
 
 
 def _needed(facts: Tensor | None, name: str) -> Tensor:

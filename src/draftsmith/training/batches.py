@@ -10,8 +10,8 @@ of an answer teaches nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from draftsmith.data.features import StoredSample
 from draftsmith.drafters.unrolled import UnrollBatch
 from draftsmith.foundation import seeding
 from draftsmith.target.protocol import FeatureSpec
+
+REFERENCE = "reference_loss."
+"""What a reference's loss of an unrolled step is called among a sample's statistics, the step's number behind it."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class TrainBatch:
         counted: `[S, R, Q]` bool, which drafts count at each unrolled step.
         samples: `[R, Q]` int64, index (within the batch) of the sample a start belongs to.
         positions: tokens that are no padding.
+        statistics: `[R, L]` by name: the target's `log_norm` and a reference's `reference_loss.<step>`, where all
+            samples hold them.
     """
 
     unroll: UnrollBatch
@@ -40,6 +45,13 @@ class TrainBatch:
     counted: Tensor
     samples: Tensor
     positions: int
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def counts(self) -> list[int]:
+        """Drafts that count at each unrolled step."""
+        counts: list[int] = self.counted.flatten(1).sum(1).tolist()
+        return counts
 
 
 def counted_starts(mask: Tensor, steps: int) -> Tensor:
@@ -92,6 +104,9 @@ def collate(rows: Sequence[Sequence[StoredSample]], wants: FeatureSpec, steps: i
     joined = torch.zeros((size, width, features.shape[-1]), dtype=features.dtype)
     final = torch.zeros((size, width, first.hidden["final"].shape[-1]), dtype=features.dtype)
     log_z = torch.zeros((size, width))
+    held = set.intersection(*(set(s.statistics) for row in rows for s in row))
+    names = sorted(name for name in held if name == "log_norm" or name.startswith(REFERENCE))
+    statistics = {name: torch.zeros((size, width)) for name in names}
     segments = torch.full((size, width), -1, dtype=torch.int64)
     positions = torch.zeros((size, width), dtype=torch.int64)
     counted = torch.zeros((steps, size, width), dtype=torch.bool)
@@ -106,6 +121,8 @@ def collate(rows: Sequence[Sequence[StoredSample]], wants: FeatureSpec, steps: i
             joined[r, span] = gathered
             final[r, span] = sample.hidden["final"]
             log_z[r, span] = sample.statistics["log_z"]
+            for name, column in statistics.items():
+                column[r, span] = sample.statistics[name]
             segments[r, span] = number
             positions[r, span] = torch.arange(len(sample.ids))
             counted[:, r, span] = counted_starts(sample.mask, steps)
@@ -123,7 +140,13 @@ def collate(rows: Sequence[Sequence[StoredSample]], wants: FeatureSpec, steps: i
         active.to(device),
     )
     return TrainBatch(
-        unroll, final.to(device), log_z.to(device), picked.to(device), segments.gather(1, starts).to(device), real
+        unroll,
+        final.to(device),
+        log_z.to(device),
+        picked.to(device),
+        segments.gather(1, starts).to(device),
+        real,
+        {name: column.to(device) for name, column in statistics.items()},
     )
 
 

@@ -1,150 +1,91 @@
-"""The training loop: packed batches, unrolled steps, AdamW with warm-up and cosine; the best checkpoint is kept.
+"""The training loop of any drafter and objective: packed batches, token weights, AdamW; the best checkpoint is kept.
 
-Everything that a step does follows from its number (batches, learning rate), so that a run that was killed goes on from
-its last state and ends in the same weights. Given a time box instead of a number of steps, three steps are timed first
-and the number is fixed and written down before training starts.
+Everything that a step does follows from its number (batches, learning rate, draws), so that a run that was killed goes
+on from its last state and ends in the same weights. Given a time box instead of a number of steps, three steps are
+timed first and the number is fixed and written down before training starts.
+
+A step's rows are shared out among the ranks, and by each into parts that are passed one after another. Rows are counted
+over all of them before the first is passed, and gradients summed, so that neither changes more than rounding.
 """
 
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, cast
 
 import torch
-from pydantic import Field, field_validator, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
-from draftsmith.data.features import FeatureStore
-from draftsmith.decoding.composition import Single
-from draftsmith.decoding.growth import Growth
 from draftsmith.drafters import checkpoint
-from draftsmith.drafters.eagle3 import Eagle3
-from draftsmith.evaluation import metrics
-from draftsmith.evaluation.replayed import replay
-from draftsmith.foundation import artefacts, console
+from draftsmith.drafters.checkpoint import Saved
+from draftsmith.foundation import artefacts, console, ranks
 from draftsmith.foundation.errors import UserError
-from draftsmith.foundation.options import Options
-from draftsmith.numerics import losses
-from draftsmith.target.protocol import TargetSpec
-from draftsmith.target.replay import StoredAnswer
-from draftsmith.training.batches import TrainBatch, collate, counted_starts, epoch_plan
-from draftsmith.training.objectives.eagle3 import Eagle3Objective, combined
+from draftsmith.training import state
+from draftsmith.training.batches import epoch_plan
+from draftsmith.training.dev import Dev, acceptance_length
+from draftsmith.training.objectives.base import Objective, SampleSource, StepLosses
+from draftsmith.training.options import TrainOptions, learning_rate
+from draftsmith.training.trackers import Log
 
 PROBE_STEPS = 3
 OVERRUN = 1.3  # how far a time box may be overrun before the planned steps are given up
 SAVE_SECONDS = 120.0  # a kill loses no more than this; when states are saved changes no result
 STATE = "state.safetensors"
-
-
-class TrainOptions(Options):
-    """How a head is trained. Either `steps` or `seconds` says how long."""
-
-    steps: int | None = Field(default=None, ge=1, description="optimiser steps")
-    seconds: float | None = Field(
-        default=None, gt=0, description="time box: the number of steps is fixed after three timed ones"
-    )
-    learning_rate: float = Field(default=1e-3, gt=0, description="the largest, after warm-up")
-    warmup: float = Field(
-        default=0.05, ge=0, lt=1, description="share of the steps with a rising learning rate; cosine to 0 after it"
-    )
-    weight_decay: float = Field(default=0.01, ge=0)
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's")
-    clip: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
-    unroll_steps: int = Field(default=4, ge=1, le=8, description="training-time test: drafted tokens in a row")
-    step_decay: float = Field(default=0.8, gt=0, le=1, description="weight of step k is this to the power k")
-    detach_steps: bool = Field(default=False, description="no gradient from one unrolled step to the one before")
-    loss: str = Field(default="forward-kl", description="divergence from the target's distribution")
-    row_length: int = Field(default=512, ge=16, description="positions of a packed row")
-    batch_positions: int = Field(default=2048, ge=16, description="positions of a step")
-    precision: Literal["bfloat16", "float32"] = Field(
-        default="bfloat16", description="of the matrix products; weights are float32"
-    )
-    evaluations: int = Field(
-        default=6, ge=1, description="replays of the dev answers during training, the last at the end"
-    )
-    ema: float = Field(
-        default=0.0, ge=0, lt=1, description="decay of the averaged weights, which are then validated and kept; 0: none"
-    )
-    seed: int = 0
-
-    @field_validator("loss")
-    @classmethod
-    def _known(cls, loss: str) -> str:
-        try:
-            losses.by_name(loss)
-        except UserError as problem:
-            raise ValueError(str(problem)) from None
-        return loss
-
-    @model_validator(mode="after")
-    def _one_length(self) -> Self:
-        if self.steps is None and self.seconds is None:
-            raise ValueError("give steps or seconds: how long to train")
-        if self.steps is not None and self.seconds is not None:
-            raise ValueError("only one of steps and seconds can be given; set the other to null (train.seconds=null)")
-        return self
-
-
-@dataclass(frozen=True)
-class Dev:
-    """What checkpoints are chosen by: acceptance length on stored answers, with the growth of the deployment."""
-
-    spec: TargetSpec
-    answers: Sequence[StoredAnswer]
-    growth: Growth
+MOST_STEPS, MOST_TERMS = 16, 64  # what ranks send each other has one length, also where a rank has no rows
 
 
 def train(
-    head: Eagle3,
-    teacher_weight: Tensor,
-    source: FeatureStore,
+    drafter: nn.Module,
+    objective: Objective,
+    source: SampleSource,
     kept: Sequence[str],
     dev: Dev,
     options: TrainOptions,
     out: Path,
     log: Path,
     meta: dict[str, object],
+    *,
+    reference: Objective | None = None,
+    track: Log | None = None,
 ) -> dict[str, Any]:
-    """Train a head on the store's samples `kept` and write the best checkpoint as the artefact `out` (kind "drafter").
+    """Train a drafter on the source's samples `kept` and write the best checkpoint as the artefact `out` ("drafter").
 
     Args:
-        head: freshly initialised; float32.
-        teacher_weight: `[Vd, H]` rows of the target's output embedding for the draft vocabulary.
+        drafter: a `checkpoint.Saved`, in float32; its parameters that want a gradient are trained.
+        objective: gives the terms of the loss.
         log: metrics, a JSON row a step and an evaluation.
         meta: what identifies inputs; the options are added.
+        reference: the same objective with a frozen drafter, for token weights that compare losses with its own.
+        track: is told the log's rows, too.
 
     Returns:
         The summary that is also in the artefact, as `training.json`.
 
     Raises:
         UserError: no sample teaches anything, or no dev answer can be replayed.
+        SystemExit: with code 0, after SIGTERM: the state is saved, and the same call goes on from it.
     """
-    identity = {**meta, **checkpoint.identity(head, dev.spec.fingerprint), "train": options.model_dump(mode="json")}
+    known = checkpoint.identity(cast(Saved, drafter), dev.spec.fingerprint)
+    identity = {**meta, **known, "train": options.model_dump(mode="json")}
     with artefacts.writing(out, checkpoint.KIND, identity, resume=True) as scratch:
         work = scratch / artefacts.WORK
-        run = _Training(head, teacher_weight, source, kept, dev, options, work / STATE, log)
+        run = _Training(drafter, objective, source, kept, dev, options, work / STATE, log, reference, track)
         length = work / "steps.json"
         if not length.is_file():
-            artefacts.write_json(length, options.steps or run.probe(options.seconds or 0.0))
+            artefacts.write_json(length, run.planned())
         steps = int(artefacts.read_json(length))
-        best = run.run(steps)
-        checkpoint.write(head, scratch, best)
-        summary = {"steps": steps, "best_step": run.best_step, "dev_acceptance_length": run.best}
+        done = run.run(steps)
+        checkpoint.write(cast(Saved, drafter), scratch, done.best_weights)
+        summary = {"steps": steps, "best_step": done.best_step, "dev_acceptance_length": done.best}
         artefacts.write_json(scratch / "training.json", summary)
     return summary
-
-
-def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
-    """Learning rate of step `step` (from 0) of `steps`: linear warm-up, then half a cosine to 0."""
-    warm = max(1, round(options.warmup * steps))
-    if step < warm:
-        return options.learning_rate * (step + 1) / warm
-    return options.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 class _Training:
@@ -152,157 +93,221 @@ class _Training:
 
     def __init__(
         self,
-        head: Eagle3,
-        teacher_weight: Tensor,
-        source: FeatureStore,
+        drafter: nn.Module,
+        objective: Objective,
+        source: SampleSource,
         kept: Sequence[str],
         dev: Dev,
         options: TrainOptions,
-        state: Path,
+        saved: Path,
         log: Path,
+        reference: Objective | None,
+        track: Log | None,
     ) -> None:
-        self.head, self.source, self.dev, self.options, self.state, self.log = head, source, dev, options, state, log
-        self.kept = [i for i in kept if bool(counted_starts(source[i].mask, 1).any())]
+        self.drafter, self.objective, self.source, self.dev, self.options = drafter, objective, source, dev, options
+        self.saved, self.log, self.reference, self.track = saved, log, reference, track
+        self.kept = [i for i in kept if objective.teaches(source.outline(i))]
         if not self.kept:
             raise UserError(
-                f"none of the {len(kept)} samples to train on has two answer tokens in a row, so there is nothing to "
-                "learn from: look at some with `draftsmith inspect`"
+                f"none of the {len(kept)} samples to train on teaches anything (a head needs two answer tokens in a "
+                "row): look at some with `draftsmith inspect`"
             )
         lengths = dict(zip(source.ids, source.lengths, strict=True))
         self.lengths = [lengths[i] for i in self.kept]
-        self.objective = Eagle3Objective(head, teacher_weight, losses.by_name(options.loss))
+        self.parameters = {name: p for name, p in drafter.named_parameters() if p.requires_grad}
+        self.device = next(iter(self.parameters.values())).device
+        self.weights = options.weights.build()
         self.optimiser = torch.optim.AdamW(
-            head.parameters(),
+            self.parameters.values(),
             lr=options.learning_rate,
             betas=options.betas,
             weight_decay=options.weight_decay,
             foreach=True,
         )
-        self.average = {n: p.detach().clone() for n, p in head.named_parameters()} if options.ema else None
-        self.best, self.best_step = 0.0, 0
-        self.best_weights: dict[str, Tensor] = {}
+        self.average = {n: p.detach().clone() for n, p in self.parameters.items()} if options.ema else None
+        self.progress = state.Progress()
 
-    def batches(self, first: int) -> Iterator[TrainBatch]:
-        """The step's batches from step `first` on, epoch after epoch."""
+    def plan(self, epoch: int) -> list[list[list[int]]]:
+        """An epoch's batches, over all ranks."""
         o = self.options
+        return epoch_plan(self.lengths, o.row_length, o.batch_positions, o.seed, epoch)
+
+    def batches(self, first: int) -> Iterator[list[Any]]:
+        """This rank's parts of each step's batch from step `first` on, epoch after epoch."""
         step = epoch = 0
         while True:
-            plan = epoch_plan(self.lengths, o.row_length, o.batch_positions, o.seed, epoch)
-            for rows in plan:
+            for rows in self.plan(epoch):
                 if step >= first:
-                    samples = [[self.source[self.kept[i]] for i in row] for row in rows]
-                    yield collate(samples, self.head.wants, o.unroll_steps, self.head.device)
+                    yield self.fetched(rows, step)
                 step += 1
             epoch += 1
 
-    def step(self, batch: TrainBatch, rate: float) -> list[float]:
-        """One optimiser step; returns each unrolled step's mean loss."""
+    def fetched(self, rows: Sequence[Sequence[int]], step: int) -> list[Any]:
+        own = [[self.kept[i] for i in row] for row in ranks.share(rows)]
+        samples = iter(self.source.fetch([i for row in own for i in row], step))
+        filled = [[next(samples) for _ in row] for row in own]
+        parts = [filled[n :: self.options.accumulation] for n in range(self.options.accumulation)]
+        return [self.objective.collate(part, self.device) for part in parts if part]
+
+    def planned(self) -> int:
+        """How many steps the options mean."""
+        o = self.options
+        if o.epochs is not None:
+            return sum(len(self.plan(epoch)) for epoch in range(o.epochs))
+        return o.steps or self.probe(o.seconds or 0.0)
+
+    def step(self, parts: Sequence[Any], number: int, rate: float) -> dict[str, list[float]]:
+        """One optimiser step; returns each term's mean loss at each unrolled step, before token weights."""
         o = self.options
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        with self._precision():
-            sums = []
-            for out in self.head.unroll(batch.unroll, o.unroll_steps, o.detach_steps):
-                values, where = self.objective.token_losses(out, batch)
-                sums.append((values.sum(), torch.tensor(float(where.shape[0]), device=values.device)))
-            loss = combined(sums, o.step_decay)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.head.parameters(), o.clip)
+        counts = self._counts(parts)
+        sums: dict[tuple[str, int], Tensor] = {}
+        for part in parts:
+            with self._precision():
+                loss = torch.zeros((), device=self.device)
+                for term in self.terms(part, number):
+                    weights = self.weights(term.values, term.facts, term.step)
+                    loss = loss + term.weight * (weights * term.values).sum() / max(counts[term.step], 1.0)
+                    key = (term.name, term.step)
+                    sums[key] = sums.get(key, torch.zeros_like(loss)) + term.values.detach().sum()
+            loss.backward()
+        ranks.sum_gradients(self.parameters.values())
+        if o.clip_by == "norm":
+            torch.nn.utils.clip_grad_norm_(self.parameters.values(), o.clip)
+        else:
+            torch.nn.utils.clip_grad_value_(self.parameters.values(), o.clip)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         if self.average is not None:
-            for name, parameter in self.head.named_parameters():
+            for name, parameter in self.parameters.items():
                 self.average[name].lerp_(parameter.detach(), 1 - o.ema)
-        return [float(value.detach() / count.clamp(min=1)) for value, count in sums]
+        return _means(sums, counts)
+
+    def terms(self, part: Any, number: int) -> Iterator[StepLosses]:
+        """The objective's terms, each with the reference's losses where there is a reference."""
+        draw = (self.options.seed, number)
+        if self.reference is None:
+            yield from self.objective.losses(part, draw)
+            return
+        with torch.no_grad():
+            known = [term.values for term in self.reference.losses(part, draw)]
+        for term, values in zip(self.objective.losses(part, draw), known, strict=True):
+            yield replace(term, facts=replace(term.facts, reference_losses=values))
+
+    def _counts(self, parts: Sequence[Any]) -> list[float]:
+        """Rows at each unrolled step, over all ranks and parts."""
+        own = [float(sum(step)) for step in zip(*(part.counts for part in parts), strict=True)]
+        return ranks.sums(own, MOST_STEPS)
 
     def probe(self, seconds: float) -> int:
         """How many steps fit into a time box, from three timed ones that move nothing (their learning rate is 0)."""
         times = []
-        for number, batch in enumerate(self.batches(0)):
+        for number, parts in enumerate(self.batches(0)):
             started = time.perf_counter()
-            self.step(batch, 0.0)
+            self.step(parts, number, 0.0)
             times.append(time.perf_counter() - started)
             if number + 1 == PROBE_STEPS:
                 break
         self.optimiser.state.clear()
+        self.weights = self.options.weights.build()
         started = time.perf_counter()
         self.evaluate()
         replay_seconds = time.perf_counter() - started
         left = seconds - self.options.evaluations * replay_seconds
-        return max(10, int(max(left, 0.2 * seconds) / min(times[1:] or times)))
+        return int(ranks.first(max(10, max(left, 0.2 * seconds) // min(times[1:] or times))))
 
-    def run(self, steps: int) -> dict[str, Tensor]:
-        """Train from the last state (or the start) to the end; returns the best weights."""
+    def run(self, steps: int) -> state.Progress:
+        """Train from the last state (or the start) to the end."""
         first = self._restore()
         every = max(1, math.ceil(steps / self.options.evaluations))
         rows = self._logged(first)
+        if first and (self._given_up() or self._overdue(rows)):
+            steps = first  # it had ended, but for its artefact
         started = saved = time.perf_counter()
-        with console.progress("training", steps, "steps", done=first) as bar:
-            for step, batch in zip(range(first, steps), self.batches(first), strict=False):
+        with console.progress("training", steps, "steps", done=first) as bar, _terminated() as stop:
+            for step, parts in zip(range(first, steps), self.batches(first), strict=False):
                 begun = time.perf_counter()
                 rate = learning_rate(step, steps, self.options)
-                by_step = self.step(batch, rate)
+                losses = self.step(parts, step, rate)
+                self.progress.step = step + 1
                 seconds = time.perf_counter() - begun
-                speed = batch.positions / seconds
-                rows.append(
+                by_step = next(iter(losses.values()), [math.nan])
+                speed = sum(ranks.sums([part.positions for part in parts], self.options.accumulation)) / seconds
+                self._log(
+                    rows,
                     {
                         "step": step + 1,
                         "loss": by_step[0],
                         "loss_by_step": by_step,
+                        **({"terms": losses} if len(losses) > 1 else {}),
                         "lr": rate,
                         "seconds": seconds,
                         "positions_per_second": speed,
-                    }
+                    },
                 )
-                bar.advance(1, loss=round(by_step[0], 3), **{"positions/s": round(speed)})
+                bar.advance(1, loss=round(by_step[0], 3), **{"tokens/s": round(speed)})
                 overdue = self._overdue(rows)
-                if (step + 1) % every == 0 or step + 1 == steps or overdue:
-                    found = self.evaluate()
-                    rows.append(
-                        {"step": step + 1, "dev_acceptance_length": found, "seconds": time.perf_counter() - started}
-                    )
+                last = overdue or step + 1 == steps
+                if (step + 1) % every == 0 or last:
+                    found = self._judge(rows, time.perf_counter() - started)
                     bar.note(f"step {step + 1}: acceptance length on dev {found:.3f}")
-                    if found > self.best:
-                        self.best, self.best_step = found, step + 1
-                        self.best_weights = {n: t.detach().clone() for n, t in self._weights().items()}
+                    last = last or self._given_up()
                     saved = -math.inf
-                if time.perf_counter() - saved >= SAVE_SECONDS:
-                    self._save(step + 1, rows)
+                stopped = any(ranks.sums([stop.is_set()]))
+                if stopped or time.perf_counter() - saved >= SAVE_SECONDS:
+                    self._save(rows)
                     saved = time.perf_counter()
-                if overdue and step + 1 < steps:
-                    console.warn(
-                        f"training ends at step {step + 1} of {steps}: the machine was much slower than when its steps "
-                        "were timed, and the time box is used up"
-                    )
+                if stopped:
+                    console.say(f"terminated at step {step + 1} of {steps}; the same command goes on from there")
+                    raise SystemExit(0)
+                if last:
+                    self._say_why(step + 1, steps, overdue)
                     break
-        artefacts.write_jsonl(self.log, rows)
-        return self.best_weights
+        if ranks.rank() == 0:
+            artefacts.write_jsonl(self.log, rows)
+        return self.progress
+
+    def _judge(self, rows: list[dict[str, Any]], seconds: float) -> float:
+        """Evaluate, log, and remember the weights if they are the best."""
+        progress = self.progress
+        found = self.evaluate()
+        self._log(rows, {"step": progress.step, "dev_acceptance_length": found, "seconds": seconds})
+        progress.since_best += 1
+        if found > progress.best:
+            progress.best, progress.best_step, progress.since_best = found, progress.step, 0
+            progress.best_weights = {n: t.detach().clone() for n, t in self._weights().items()}
+        return found
+
+    def _given_up(self) -> bool:
+        return self.options.patience is not None and self.progress.since_best >= self.options.patience
+
+    def _say_why(self, step: int, steps: int, overdue: bool) -> None:
+        if step == steps:
+            return
+        if overdue:
+            console.warn(
+                f"training ends at step {step} of {steps}: the machine was much slower than when its steps "
+                "were timed, and the time box is used up"
+            )
+        else:
+            console.say(f"training ends at step {step} of {steps}: no better since step {self.progress.best_step}")
 
     def _overdue(self, rows: Sequence[dict[str, Any]]) -> bool:
         """Whether a time box was overrun so far that the planned steps are given up."""
         if self.options.seconds is None:
             return False
-        return sum(float(row["seconds"]) for row in rows if "loss" in row) > OVERRUN * self.options.seconds
+        spent = ranks.first(sum(float(row["seconds"]) for row in rows if "loss" in row))
+        return spent > OVERRUN * self.options.seconds
 
-    @torch.no_grad()
     def evaluate(self) -> float:
-        """Acceptance length on the dev answers by replay, in the number format of the deployment.
+        """Acceptance length on the dev answers by replay, in the number format of the deployment."""
+        return acceptance_length(self.drafter, self._weights(), self.dev)
 
-        Raises:
-            UserError: there is no round in them.
-        """
-        own = self.head.state_dict()
-        copy = Eagle3(self.head.options, self.head.vocab, self.head.embedding)
-        copy.load_state_dict({**own, **self._weights()})
-        copy = copy.to(self.head.device, getattr(torch, self.dev.spec.dtype)).eval()
-        generations = replay(Single(copy, self.dev.growth), self.dev.spec, self.dev.answers)
-        found = metrics.count(generations).acceptance_length
-        if math.isnan(found):
-            raise UserError(
-                f"none of the {len(self.dev.answers)} dev answers is longer than one token, so checkpoints can't be "
-                "compared: take more dev prompts (data.dev) or longer answers (regenerate.max_new_tokens)"
-            )
-        return found
+    def _log(self, rows: list[dict[str, Any]], row: dict[str, Any]) -> None:
+        rows.append(row)
+        if self.track is not None:
+            self.track(row)
 
     def _logged(self, step: int) -> list[dict[str, Any]]:
         """The log's rows up to a step. The log is for people: where it was lost or edited, it begins here."""
@@ -311,46 +316,48 @@ class _Training:
         except (UserError, KeyError, TypeError, ValueError):
             return []
 
-    def _weights(self) -> dict[str, Tensor]:
-        return self.average if self.average is not None else dict(self.head.named_parameters())
+    def _weights(self) -> Mapping[str, Tensor]:
+        return self.average if self.average is not None else self.parameters
 
     def _precision(self) -> AbstractContextManager[Any]:
         if self.options.precision == "float32":
             return nullcontext()
-        return torch.autocast(self.head.device.type, torch.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16)
 
-    def _save(self, step: int, rows: Sequence[dict[str, Any]]) -> None:
-        tensors: dict[str, Tensor] = {}
-        for name, parameter in self.head.named_parameters():
-            tensors[f"weight.{name}"] = parameter
-            if self.best_weights:
-                tensors[f"best.{name}"] = self.best_weights[name]
-            for key in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{key}.{name}"] = self.optimiser.state[parameter][key]
-            if self.average is not None:
-                tensors[f"average.{name}"] = self.average[name]
+    def _save(self, rows: Sequence[dict[str, Any]]) -> None:
+        if ranks.rank() > 0:
+            return
+        self.progress.thresholds = getattr(self.weights, "thresholds", {})
         artefacts.write_jsonl(self.log, rows)
-        metadata = {"step": str(step), "best_step": str(self.best_step), "best": repr(self.best)}
-        artefacts.save_tensors(self.state, tensors, metadata)
+        state.save(self.saved, self.parameters, self.average, self.optimiser, self.progress)
 
     def _restore(self) -> int:
-        if not self.state.is_file():
-            return 0
-        metadata = artefacts.load_metadata(self.state)
-        tensors = artefacts.load_tensors(self.state)
-        step = int(metadata["step"])
-        with torch.no_grad():
-            for name, parameter in self.head.named_parameters():
-                parameter.copy_(tensors[f"weight.{name}"])
-                if f"best.{name}" in tensors:
-                    self.best_weights[name] = tensors[f"best.{name}"].to(parameter.device)
-                if self.average is not None:
-                    self.average[name].copy_(tensors[f"average.{name}"])
-                self.optimiser.state[parameter] = {
-                    "step": torch.tensor(float(step)),
-                    "exp_avg": tensors[f"exp_avg.{name}"].to(parameter.device),
-                    "exp_avg_sq": tensors[f"exp_avg_sq.{name}"].to(parameter.device),
-                }
-        self.best, self.best_step = float(metadata["best"]), int(metadata["best_step"])
-        console.say(f"going on from step {step}")
-        return step
+        self.progress = state.restore(self.saved, self.parameters, self.average, self.optimiser)
+        if self.progress.thresholds:
+            cast(Any, self.weights).thresholds = dict(self.progress.thresholds)
+        if self.progress.step:
+            console.say(f"going on from step {self.progress.step}")
+        return self.progress.step
+
+
+def _means(sums: Mapping[tuple[str, int], Tensor], counts: Sequence[float]) -> dict[str, list[float]]:
+    """Each term's mean loss at each unrolled step over all ranks, from this rank's sums in the order of the terms."""
+    found: dict[str, list[float]] = {}
+    values = ranks.sums([float(value) for value in sums.values()], MOST_TERMS)
+    for (name, step), value in zip(sums, values, strict=False):
+        found.setdefault(name, []).append(value / max(counts[step], 1.0))
+    return found
+
+
+@contextmanager
+def _terminated() -> Iterator[threading.Event]:
+    """Is set by SIGTERM while the block runs; in a thread other than the main one nothing can be set."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,12 +20,13 @@ from draftsmith.target.model import HFTarget
 from draftsmith.target.protocol import FeatureSpec
 from draftsmith.target.vocabulary import VocabMap
 from draftsmith.training.batches import collate
-from draftsmith.training.objectives.eagle3 import Eagle3Objective, combined
+from draftsmith.training.objectives.eagle3 import Eagle3Objective
 from tests.tiny import END, VOCAB, NoTokenizer, tiny_head, tiny_target
 from tests.unit.training.stored import WANT, random_samples, stored
 from tests.unit.training.test_batches import counts
 
 STEPS = 3
+CPU = torch.device("cpu")
 PART = VocabMap(torch.arange(VOCAB)[torch.arange(VOCAB) % 3 != 1], VOCAB)
 
 
@@ -214,8 +216,83 @@ def test_a_target_that_caps_its_logits_is_refused() -> None:
         target.output_rows(torch.arange(4))
 
 
-def test_steps_are_weighted_and_each_is_divided_by_its_own_count() -> None:
-    steps: list[Any] = [(6.0, 3.0), (4.0, 2.0), (5.0, 1.0), (0.0, 0.0)]
-    tensors = [(torch.tensor(value), torch.tensor(count)) for value, count in steps]
-    assert float(combined(tensors, 0.5)) == pytest.approx(6 / 3 + 0.5 * 4 / 2 + 0.25 * 5 / 1 + 0.125 * 0)
-    assert float(combined(tensors[:1], 0.8)) == pytest.approx(2.0)
+@pytest.mark.parametrize("detach", [False, True])
+def test_checkpointed_steps_give_the_same_losses_and_gradients(source: FeatureStore, detach: bool) -> None:
+    head = tiny_head(vocab=PART).train()
+    batch = collate([[source[i] for i in source.ids]], head.wants, STEPS, torch.device("cpu"))
+    found: list[dict[str, Tensor]] = []
+    for checkpointed in (False, True):
+        head.zero_grad()
+        objective = Eagle3Objective(head, teacher_weight(PART), forward_kl, STEPS, 0.5, detach, checkpointed)
+        total = torch.stack([term.weight * term.values.sum() for term in objective.losses(batch, (0, 0))]).sum()
+        total.backward()  # type: ignore[no-untyped-call]
+        found.append({name: p.grad.clone() for name, p in head.named_parameters() if p.grad is not None})
+        found[-1]["total"] = total.detach()
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+
+
+def test_what_token_weights_look_at(source: FeatureStore) -> None:
+    """Samples, flatness and survival of each row, from the target's logits and the head's own chain, one at a time."""
+    head = tiny_head(vocab=PART)
+    names = source.ids
+    batch = collate([[source[i] for i in names[:4]], [source[i] for i in names[4:]]], head.wants, STEPS, CPU)
+    objective = Eagle3Objective(head, teacher_weight(PART), forward_kl, STEPS, survival=True, block_rows=5)
+    with torch.no_grad():
+        terms = list(objective.losses(batch, (0, 0)))
+    compared = 0
+    for term in terms:
+        facts = term.facts
+        assert facts.samples is not None
+        assert facts.flatness is not None
+        assert facts.survival is not None
+        where = batch.counted[term.step].nonzero()
+        for n, (row, start) in enumerate(where.tolist()):
+            place = int(batch.unroll.positions[row, batch.unroll.starts[row, start]])
+            sample = source[names[int(facts.samples[n])]]
+            p = tiny_target().model(input_ids=sample.ids[None]).logits[0].double().softmax(-1)
+            taught = p[place + 1 + term.step]
+            flat = taught.sum() / (taught.norm() * VOCAB**0.5)
+            assert float(facts.flatness[n]) == pytest.approx(float(flat), rel=1e-4)
+            expected = 1.0
+            for step in range(term.step):
+                log_q = chain(head, sample, place, step)
+                expected *= float(torch.minimum(p[place + 1 + step, PART.target_ids], log_q.double().exp()).sum())
+            assert float(facts.survival[n]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
+            compared += term.step > 0
+    assert compared > 20
+
+
+@torch.inference_mode()
+def chain(head: Eagle3, sample: StoredSample, p: int, steps: int) -> Tensor:
+    """log q `[Vd]` after `steps` more drafted tokens of the draft that starts at p, by `observe` and `expand`."""
+    features = torch.cat([sample.hidden[k] for k in head.wants.layers], dim=-1)
+    state = head.start(1, len(sample.ids) + STEPS)
+    seen = torch.cat([features[:1], features[: p + 1]])[None]
+    log_q = head.observe(state, sample.ids[None, : p + 2], seen, [p + 2]).log_q[0, 0]
+    for step in range(1, steps + 1):
+        frontier = Frontier(sample.ids[p + 1 + step][None, None], torch.tensor([[step - 2]]), step)
+        log_q = head.expand(state, frontier).log_q[0, 0]
+    return log_q
+
+
+def test_a_stored_reference_loss_is_read_where_it_is_taught(source: FeatureStore) -> None:
+    head = tiny_head(vocab=PART)
+    marked = []
+    for number, sample in enumerate(source):
+        places = torch.arange(len(sample.ids)) + 1000.0 * number
+        own = {f"reference_loss.{step}": places + 100_000 * step for step in range(STEPS)}
+        marked.append(replace(sample, statistics={**sample.statistics, **own}))
+    batch = collate([marked[:5], marked[5:]], head.wants, STEPS, CPU)
+    objective = Eagle3Objective(head, teacher_weight(PART), forward_kl, STEPS)
+    for term in objective.losses(batch, (0, 0)):
+        found, samples = term.facts.reference_losses, term.facts.samples
+        assert found is not None
+        assert samples is not None
+        where = batch.counted[term.step].nonzero()
+        starts = batch.unroll.starts[where[:, 0], where[:, 1]]
+        places = batch.unroll.positions[where[:, 0], starts] + 1 + term.step
+        assert torch.equal(found, (100_000 * term.step + 1000 * samples + places).float())
+    bare = Eagle3Objective(head, teacher_weight(PART), forward_kl, STEPS)
+    half = collate([marked[:1], [source[1]]], head.wants, STEPS, CPU)
+    assert all(term.facts.reference_losses is None for term in bare.losses(half, (0, 0))), "only where all hold it"

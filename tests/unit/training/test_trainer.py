@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +21,13 @@ from draftsmith.evaluation.replayed import replay, stored_answer
 from draftsmith.foundation import artefacts
 from draftsmith.foundation.errors import UserError
 from draftsmith.foundation.options import override, validate
+from draftsmith.numerics import losses
 from draftsmith.target.vocabulary import VocabMap
 from draftsmith.training import trainer
-from draftsmith.training.trainer import Dev, TrainOptions, learning_rate, train
+from draftsmith.training.dev import Dev
+from draftsmith.training.objectives.eagle3 import Eagle3Objective
+from draftsmith.training.options import TrainOptions, learning_rate
+from draftsmith.training.trainer import train
 from tests.tiny import VOCAB, tiny_target
 from tests.unit.training.stored import answered, stored
 
@@ -45,11 +50,20 @@ def dev(source: FeatureStore, depth: int = 3) -> Dev:
     return Dev(tiny_target().spec, [stored_answer(sample) for sample in source], ChainGrowth(depth))
 
 
-def trained(source: FeatureStore, folder: Path, options: TrainOptions = FAST, made: Eagle3 | None = None) -> Path:
-    made = made or head()
+def objective(made: Eagle3, o: TrainOptions = FAST) -> Eagle3Objective:
+    """As `stages.train` makes one."""
     weight = tiny_target().model.get_output_embeddings().weight[made.vocab.target_ids]
-    train(made, weight, source, source.ids, dev(source), options, folder / "drafter", folder / "log.jsonl", {})
-    return folder / "drafter"
+    survival = "survival" in o.weights.build().needs
+    steps = (o.unroll_steps, o.step_decay, o.detach_steps, o.checkpoint_steps)
+    return Eagle3Objective(made, weight, losses.by_name(o.loss), *steps, survival=survival)
+
+
+def trained(source: FeatureStore, folder: Path, options: TrainOptions = FAST, **more: Any) -> Path:
+    made = head()
+    log = folder / "log.jsonl"
+    place = folder / "drafter"
+    train(made, objective(made, options), source, source.ids, dev(source), options, place, log, {}, **more)
+    return place
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +85,11 @@ def test_the_learning_rate_rises_and_falls() -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({}, "give steps or seconds"),
-        ({"steps": 3, "seconds": 2.0}, "only one of steps and seconds can be given; set the other to null"),
+        ({}, "give steps, seconds or epochs"),
+        ({"steps": 3, "seconds": 2.0}, "only one of steps, seconds and epochs can be given; set the others to null"),
+        ({"epochs": 3, "seconds": 2.0}, "only one of steps, seconds and epochs can be given"),
+        ({"steps": 3, "weights": {"name": "flatness", "fraction": 0.4}}, "'flatness' have no option 'fraction'"),
+        ({"steps": 3, "weights": {"name": "delta-loss", "fraction": 2}}, "fraction must be above 0 and at most 1"),
         ({"steps": 3, "loss": "forward-lk"}, "no loss is called 'forward-lk'; did you mean 'forward-kl'?"),
     ],
 )
@@ -134,23 +151,22 @@ def test_samples_that_teach_nothing_are_passed_over(source: FeatureStore, tmp_pa
     mixed = stored([*short, *good], tmp_path / "mixed")
     options = FAST.model_copy(update={"row_length": 16, "batch_positions": 16})
     place = tmp_path / "mixed"
-    weight = tiny_target().model.get_output_embeddings().weight
+    made = head()
     replayed = Dev(tiny_target().spec, [stored_answer(mixed[s.id]) for s in good], ChainGrowth(2))
-    train(head(), weight, mixed, mixed.ids, replayed, options, place / "drafter", place / "log.jsonl", {})
+    train(made, objective(made), mixed, mixed.ids, replayed, options, place / "drafter", place / "log.jsonl", {})
     only = stored(short, tmp_path / "only")
-    with pytest.raises(UserError, match="none of the 4 samples to train on has two answer tokens in a row"):
-        train(head(), weight, only, only.ids, replayed, options, place / "other", place / "log.jsonl", {})
+    with pytest.raises(UserError, match="none of the 4 samples to train on teaches anything"):
+        train(made, objective(made), only, only.ids, replayed, options, place / "other", place / "log.jsonl", {})
 
 
 def test_dev_answers_that_hold_no_round_are_refused(source: FeatureStore, tmp_path: Path) -> None:
     short = [Sample(f"short{n}", [9, 10, 11, 7], [False] * 3 + [True], True) for n in range(2)]
     answers = [stored_answer(sample) for sample in stored(short, tmp_path)]
     made = head()
-    weight = tiny_target().model.get_output_embeddings().weight
     with pytest.raises(UserError, match="none of the 2 dev answers is longer than one token"):
         train(
             made,
-            weight,
+            objective(made),
             source,
             source.ids,
             replace(dev(source), answers=answers),

@@ -3,7 +3,10 @@
     loss = Σ_terms weight · (1 / N) Σ_i w_i · l_i
 
 An objective gives the terms (`StepLosses`); token weights give the w_i; the trainer divides by N, the number of a
-term's rows over all ranks.
+step's rows over all ranks and parts of the batch.
+
+What token weights look at stands where the loss is taught: `flatness` is the target's at the position whose
+distribution is the teacher, a stored loss of a reference is `statistics["reference_loss.<unrolled step>"]` there.
 """
 
 from __future__ import annotations
@@ -47,6 +50,12 @@ class Batch(Protocol):
         """Tokens in it that are no padding."""
         ...
 
+    @property
+    def counts(self) -> Sequence[int]:
+        """Rows that count at each unrolled step, the same for all terms of a step: known before anything is computed,
+        so that they can be summed over ranks and over the parts of a step."""
+        ...
+
 
 class Objective(Protocol):
     """One training algorithm for one drafter."""
@@ -78,6 +87,10 @@ class SampleSource(Protocol):
     @property
     def lengths(self) -> Sequence[int]:
         """Positions of each sample, in the order of `ids`: batches are planned from them."""
+        ...
+
+    def outline(self, name: str) -> StoredSample:
+        """A sample's ids and mask; its hidden states and statistics may be missing."""
         ...
 
     def fetch(self, ids: Sequence[str], step: int) -> list[StoredSample]:

@@ -7,45 +7,101 @@ P over the reduced draft vocabulary is exp(h·W_d − log Z), exact with the mas
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from draftsmith.data.features import StoredSample
 from draftsmith.drafters.eagle3 import Eagle3
 from draftsmith.drafters.unrolled import StepOut
-from draftsmith.numerics.losses import Loss, chunked_head_loss
-from draftsmith.training.batches import TrainBatch
+from draftsmith.numerics.distributions import flatness_from_log_norm
+from draftsmith.numerics.losses import Loss, chunked_head_loss, total_variation
+from draftsmith.selection.tokens import RowFacts
+from draftsmith.target.protocol import FeatureSpec
+from draftsmith.training.batches import REFERENCE, TrainBatch, collate, counted_starts
+from draftsmith.training.objectives.base import StepLosses
 
 
+@dataclass(frozen=True)
 class Eagle3Objective:
-    """Per-token losses of an unrolled step; never reduced here."""
+    """The terms of EAGLE-3's loss.
 
-    def __init__(self, head: Eagle3, teacher_weight: Tensor, loss: Loss, block_rows: int | None = None) -> None:
-        self.head = head
-        self.teacher_weight = teacher_weight
-        self.loss = loss
-        self.block_rows = block_rows
+    Attributes:
+        head: what is trained.
+        teacher_weight: `[Vd, H]` rows of the target's output embedding for the draft vocabulary.
+        loss: D.
+        steps: unrolled steps; step_decay: w.
+        detach_steps: no gradient from one unrolled step to the one before.
+        checkpoint_steps: compute each step again in the backward pass.
+        survival: whether token weights ask for the chance that a draft's earlier tokens are accepted, another pass
+            through the head.
+        block_rows: rows of one block of logits; default: what 64 MiB hold.
+    """
+
+    head: Eagle3
+    teacher_weight: Tensor
+    loss: Loss
+    steps: int = 1
+    step_decay: float = 1.0
+    detach_steps: bool = False
+    checkpoint_steps: bool = False
+    survival: bool = False
+    block_rows: int | None = None
+
+    @property
+    def reads(self) -> FeatureSpec:
+        return self.head.wants | FeatureSpec(final=True)
+
+    def teaches(self, sample: StoredSample) -> bool:
+        return bool(counted_starts(sample.mask, 1).any())
+
+    def collate(self, rows: Sequence[Sequence[StoredSample]], device: torch.device) -> TrainBatch:
+        return collate(rows, self.head.wants, self.steps, device)
+
+    def losses(self, batch: TrainBatch, draw: Sequence[int | str]) -> Iterator[StepLosses]:
+        survival = torch.ones_like(batch.samples, dtype=torch.float32) if self.survival else None
+        for out in self.head.unroll(batch.unroll, self.steps, self.detach_steps, self.checkpoint_steps):
+            values, where = self.token_losses(out, batch)
+            facts = self._facts(out, batch, where, survival)
+            yield StepLosses("kl", out.step, self.step_decay**out.step, values, facts)
+            if survival is not None and out.step + 1 < self.steps:
+                row, start = where[:, 0], where[:, 1]
+                survival[row, start] *= self.acceptance(out, batch)
 
     def token_losses(self, out: StepOut, batch: TrainBatch) -> tuple[Tensor, Tensor]:
         """Losses `[N]` of the drafts that count at this step, and where they stand: `[N, 2]` (row, start) indices."""
         where = batch.counted[out.step].nonzero()
+        return self._against_teacher(out, batch, where, self.loss), where
+
+    @torch.no_grad()
+    def acceptance(self, out: StepOut, batch: TrainBatch) -> Tensor:
+        """`[N]`: Σ min(p, q) of the drafts that count at this step, the mass outside the draft vocabulary lost."""
+        return 1.0 - self._against_teacher(out, batch, batch.counted[out.step].nonzero(), total_variation)
+
+    def _against_teacher(self, out: StepOut, batch: TrainBatch, where: Tensor, loss: Loss) -> Tensor:
         row, start = where[:, 0], where[:, 1]
         taught = batch.unroll.starts[row, start] + 1 + out.step
-        states = self.head.norm(out.states[row, start])
-        values = chunked_head_loss(
-            states,
-            self.head.lm_head.weight,
+        return chunked_head_loss(
+            self.head.judged(out.states[row, start]),
+            self.head.output,
             batch.final[row, taught],
             self.teacher_weight,
             batch.log_z[row, taught],
-            self.loss,
+            loss,
             self.block_rows,
         )
-        return values, where
 
-
-def combined(steps: list[tuple[Tensor, Tensor]], decay: float) -> Tensor:
-    """Σ_k decay^k · Σ w·l / count, from each step's (Σ w·l, count)."""
-    total = torch.zeros((), device=steps[0][0].device)
-    for k, (value, count) in enumerate(steps):
-        total = total + decay**k * value / count.clamp(min=1)
-    return total
+    def _facts(self, out: StepOut, batch: TrainBatch, where: Tensor, survival: Tensor | None) -> RowFacts:
+        row, start = where[:, 0], where[:, 1]
+        taught = batch.unroll.starts[row, start] + 1 + out.step
+        log_norm = batch.statistics.get("log_norm")
+        reference = batch.statistics.get(f"{REFERENCE}{out.step}")
+        vocab_size = self.head.options.vocab_size
+        return RowFacts(
+            samples=batch.samples[row, start],
+            flatness=None if log_norm is None else flatness_from_log_norm(log_norm[row, taught], vocab_size),
+            reference_losses=None if reference is None else reference[row, taught],
+            survival=None if survival is None else survival[row, start],
+        )

@@ -1,0 +1,101 @@
+"""The processes of one `torchrun`: who this one is, what is its share, and sums over all of them.
+
+A single process is a group of one: nothing is sent, nothing is waited for, and nothing of torch.distributed is touched.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """This process's number, from 0; 0 writes logs and finishes artefacts."""
+    return int(os.environ.get("RANK") or 0)
+
+
+def world() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This rank's items: every `world`-th, beginning with the rank's number."""
+    return items[rank() :: world()]
+
+
+def join() -> None:
+    """Meet the other ranks, once; gloo between CPUs, nccl between GPUs, of which each rank takes its own."""
+    import torch
+    from torch import distributed
+
+    if world() == 1 or distributed.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
+        distributed.init_process_group("cpu:gloo,cuda:nccl")
+    else:
+        distributed.init_process_group("gloo")
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    from torch import distributed
+
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    sums([0.0])
+
+
+def sums(values: Sequence[float], width: int | None = None) -> list[float]:
+    """Each value summed over the ranks, in float64; all ranks get the same.
+
+    Args:
+        width: with fewer values than these, zeros follow: ranks may then bring different numbers of them.
+    """
+    padded = [*map(float, values), *[0.0] * ((width or len(values)) - len(values))]
+    if world() == 1:
+        return padded
+    import torch
+    from torch import distributed
+
+    join()
+    total = torch.tensor(padded, dtype=torch.float64)
+    distributed.all_reduce(total)
+    return [float(value) for value in total]
+
+
+def first(value: float) -> float:
+    """Rank 0's value, on every rank."""
+    return sums([value if rank() == 0 else 0.0])[0]
+
+
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Sum gradients over the ranks, in place and as one message; where no rank has one there is none afterwards."""
+    if world() == 1:
+        return
+    import torch
+    from torch import distributed
+
+    join()
+    trained = list(parameters)
+    there = torch.tensor([float(p.grad is not None) for p in trained], device=trained[0].device)
+    parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    flat = torch.cat([there, *(part.reshape(-1) for part in parts)])
+    distributed.all_reduce(flat)
+    place = len(trained)
+    for known, p in zip(flat[:place].tolist(), trained, strict=True):
+        if known:
+            p.grad = flat[place : place + p.numel()].view_as(p).clone()
+        place += p.numel()

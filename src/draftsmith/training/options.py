@@ -1,0 +1,98 @@
+"""How a drafter is trained: the options, and the learning rate that follows from them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from draftsmith.foundation.errors import UserError
+from draftsmith.foundation.options import Options
+from draftsmith.numerics import losses
+from draftsmith.selection.tokens import WeightOptions
+
+LENGTHS = ("steps", "seconds", "epochs")
+
+
+class TrainOptions(Options):
+    """How a drafter is trained. Exactly one of `steps`, `seconds` and `epochs` says how long."""
+
+    steps: int | None = Field(default=None, ge=1, description="optimiser steps")
+    seconds: float | None = Field(
+        default=None, gt=0, description="time box: the number of steps is fixed after three timed ones"
+    )
+    epochs: int | None = Field(default=None, ge=1, description="how often each sample is seen")
+    learning_rate: float = Field(default=1e-3, gt=0, description="the largest, after warm-up")
+    warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps with a rising learning rate")
+    schedule: Literal["cosine", "constant"] = Field(
+        default="cosine", description="of the learning rate after warm-up: half a cosine down to 0, or constant"
+    )
+    weight_decay: float = Field(default=0.01, ge=0)
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's")
+    clip: float = Field(default=1.0, gt=0, description="bound of the gradient")
+    clip_by: Literal["norm", "value"] = Field(
+        default="norm",
+        description="norm: the gradient is scaled to a norm of `clip` at most; value: each entry is cut off (EAGLE and "
+        "HASS: 0.5)",
+    )
+    unroll_steps: int = Field(default=4, ge=1, le=8, description="training-time test: drafted tokens in a row")
+    step_decay: float = Field(default=0.8, gt=0, le=1, description="weight of step k is this to the power k")
+    detach_steps: bool = Field(default=False, description="no gradient from one unrolled step to the one before")
+    checkpoint_steps: bool = Field(
+        default=False, description="compute each unrolled step again in the backward pass: less memory, more time"
+    )
+    loss: str = Field(default="forward-kl", description="divergence from the target's distribution")
+    weights: WeightOptions = Field(default=WeightOptions(), description="how much each row of a loss counts")
+    reference: Path | None = Field(
+        default=None, description="folder of a trained drafter of the same kind, for weights that compare with it"
+    )
+    row_length: int = Field(default=512, ge=16, description="positions of a packed row")
+    batch_positions: int = Field(default=2048, ge=16, description="positions of a step, over all ranks and parts")
+    accumulation: int = Field(
+        default=1, ge=1, description="parts in which a rank passes a step's rows: the same step in less memory"
+    )
+    precision: Literal["bfloat16", "float32"] = Field(
+        default="bfloat16", description="of the matrix products; weights are float32"
+    )
+    evaluations: int = Field(
+        default=6, ge=1, description="replays of the dev answers during training, the last at the end"
+    )
+    patience: int | None = Field(
+        default=None, ge=1, description="training ends after so many evaluations without a better one; default: never"
+    )
+    ema: float = Field(
+        default=0.0, ge=0, lt=1, description="decay of the averaged weights, which are then validated and kept; 0: none"
+    )
+    seed: int = 0
+
+    @field_validator("loss")
+    @classmethod
+    def _known(cls, loss: str) -> str:
+        try:
+            losses.by_name(loss)
+        except UserError as problem:
+            raise ValueError(str(problem)) from None
+        return loss
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        given = [name for name in LENGTHS if getattr(self, name) is not None]
+        if not given:
+            raise ValueError("give steps, seconds or epochs: how long to train")
+        if len(given) > 1:
+            raise ValueError(
+                f"only one of steps, seconds and epochs can be given; set the others to null (train.{given[-1]}=null)"
+            )
+        return self
+
+
+def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
+    """Learning rate of step `step` (from 0) of `steps`: linear warm-up, then half a cosine to 0, or constant."""
+    warm = max(1, round(options.warmup * steps))
+    if step < warm:
+        return options.learning_rate * (step + 1) / warm
+    if options.schedule == "constant":
+        return options.learning_rate
+    return options.learning_rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
