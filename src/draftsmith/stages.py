@@ -331,6 +331,8 @@ def train(run: Run, out: Path, identity: Identity) -> None:
     if o.train.reference is not None:
         meta["reference"] = artefacts.checksum(o.train.reference)
         teaching = load_drafter(o.train.reference, target, torch.float32)
+        if not isinstance(teaching, Eagle3):
+            raise UserError(f"train.reference: {o.train.reference} is no {head.LABEL}, which is what is trained")
         reference = _objective(run, teaching, teaching.vocab)
     log = run.folder / "training.jsonl"
     with tracking(o.tracking, run.folder) as track:

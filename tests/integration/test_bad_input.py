@@ -217,7 +217,7 @@ def test_an_unknown_option_gets_the_nearest_name(recipe: Path, tmp_path: Path) -
     refused(draftsmith(*run, "train.steps"), "'train.steps' is no assignment: write name=value")
     refused(draftsmith(*run, "select.method=flattness"), "did you mean 'flatness'?")
     refused(draftsmith(*run, "export.to=[vlm]"), "export.to", "did you mean 'vllm'?")
-    refused(draftsmith(*run, "train.seconds=9"), "train: only one of steps and seconds can be given")
+    refused(draftsmith(*run, "train.seconds=9"), "train: only one of steps, seconds and epochs can be given")
     refused(draftsmith(*run, "data.sets=[chats]"), "there is no prompt set 'chats': choose word-problems or chat")
     assert not (tmp_path / "run" / "prompts").exists()
 
