@@ -186,6 +186,29 @@ def inspect(
     look(path, row=row, flatness=flatness, target=target)
 
 
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="Which study: sfdd.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Options of the preset, dotted: epochs=3 seeds=[0,1]")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="smoke, cpu, gpu, or a YAML file.")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="The study's folder; default: runs/studies/NAME-PRESET.")] = None,
+    time_budget: Annotated[
+        str | None, typer.Option(help="End cleanly after so long (8m); the same command goes on.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of prompts and benchmarks; default: $DRAFTSMITH_DATA.")
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Say which cells would run; run nothing.")] = False,
+    table: Annotated[bool, typer.Option("--table", help="Print the tables of the results that are there.")] = False,
+) -> None:
+    """Run a grid of drafters that answers a question, with the paper's figures beside ours; interrupted, it goes on."""
+    from draftsmith.commands import study as studies
+
+    studies.study(name, preset, out, overrides or [], time_budget=time_budget, data=data, plan=plan, table=table)
+
+
 def main() -> None:
     """Run the command line; a UserError is printed without a traceback, with exit code 2."""
     try:

@@ -37,6 +37,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_the_recipes(wheel: Path) 
         if path.is_file() and "__pycache__" not in path.parts
     }
     wanted |= {f"draftsmith/recipes/{path.name}" for path in (ROOT / "recipes").iterdir()}
+    wanted |= {f"draftsmith/studies/presets/{path.name}" for path in (ROOT / "studies" / "presets").iterdir()}
     assert {"draftsmith/py.typed", "draftsmith/cli.py"} <= wanted
     held = set(zipfile.ZipFile(wheel).namelist())
     assert wanted - held == set()

@@ -1,0 +1,110 @@
+"""A study's results: a row for each cell, benchmark, temperature and tree, with every prompt's counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from draftsmith.decoding.composition import Single
+from draftsmith.decoding.growth import GrowthOptions
+from draftsmith.drafters.base import Drafter
+from draftsmith.evaluation import metrics
+from draftsmith.evaluation.replayed import replay
+from draftsmith.foundation.options import Options
+from draftsmith.target.protocol import TargetSpec
+
+if TYPE_CHECKING:
+    from draftsmith.studies.corpus import AnswerSet
+
+
+class TrainingCost(Options):
+    """What a cell's training took. Seconds are those of a shared machine; ratios between cells come from positions."""
+
+    training_seconds: float = Field(description="wall clock of the optimiser steps")
+    training_steps: int
+    training_positions: int = Field(description="tokens read by the drafter, over all epochs")
+    training_cost: int = Field(description="training positions × unrolled steps")
+    scored_positions: int = Field(default=0, description="tokens that were scored to choose the samples")
+    target_positions: int = Field(default=0, description="tokens that the target read, for scores, features or both")
+    pass_ratio: float = Field(
+        default=0.0,
+        description="seconds in which the target reads and scores a position ÷ seconds of training on one",
+    )
+    scout_positions: int = Field(default=0, description="training positions of a drafter that only helps to choose")
+
+    @property
+    def charged_positions(self) -> float:
+        """Training positions, with the target's passes and whatever the choice took charged as so many more."""
+        return self.training_positions + self.scout_positions + self.target_positions * self.pass_ratio
+
+
+class Row(TrainingCost):
+    """One cell on one benchmark."""
+
+    study: str
+    method: str
+    accounting: str
+    keep: float
+    seed: int
+    domain: str
+    benchmark: str
+    temperature: float
+    growth: str
+    node_budget: int
+    acceptance_length: float | None = Field(description="τ: committed tokens ÷ rounds, bonus included; micro average")
+    alpha: float | None = Field(description="accepted ÷ (accepted + rejected) over all depths")
+    alpha_by_depth: tuple[float | None, ...] = ()
+    target_passes: int = Field(description="rounds: the target's passes over the answers, prefills left out")
+    speedup: float | None = Field(default=None, description="measured by the wall clock, where that was asked for")
+    prompts: tuple[str, ...] = Field(description="ids of the test answers; the counts below are in their order")
+    committed: tuple[int, ...]
+    rounds: tuple[int, ...]
+    extra: dict[str, str | int | float] = {}
+
+
+def replayed_rows(
+    drafter: Drafter,
+    growths: Sequence[GrowthOptions],
+    tests: Iterable[AnswerSet],
+    spec: TargetSpec,
+    common: Mapping[str, object],
+) -> list[Row]:
+    """Acceptance on stored answers, a row for each test set and tree.
+
+    Args:
+        drafter: in the target's number format.
+        common: the fields that all of the cell's rows share.
+    """
+    rows = []
+    for test in tests:
+        for growth in growths:
+            built = growth.build()
+            generations = replay(Single(drafter, built), spec, test.answers)
+            each = [metrics.count([g]) for g in generations]
+            counts = metrics.count(generations)
+            rows.append(
+                Row.model_validate(
+                    {
+                        **common,
+                        "domain": test.domain,
+                        "benchmark": test.benchmark,
+                        "temperature": test.temperature,
+                        "growth": growth.kind,
+                        "node_budget": built.budget,
+                        "acceptance_length": _number(counts.acceptance_length),
+                        "alpha": _number(metrics.adaspec(counts)),
+                        "alpha_by_depth": [_number(a) for a in counts.acceptance_by_depth],
+                        "target_passes": counts.rounds,
+                        "prompts": test.ids,
+                        "committed": [c.committed for c in each],
+                        "rounds": [c.rounds for c in each],
+                    }
+                )
+            )
+    return rows
+
+
+def _number(value: float) -> float | None:
+    return None if value != value else value
