@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from draftsmith.drafters.checkpoint import load_drafter
+from draftsmith.drafters.checkpoint import Saved, load_drafter
 from draftsmith.drafters.eagle3 import Eagle3, auxiliary_layers, eagle3_options
 from draftsmith.foundation import artefacts, seeding
 from draftsmith.foundation.errors import UserError
@@ -77,7 +77,7 @@ def trained_head(
     dev: Dev,
     folder: Path,
     meta: dict[str, object],
-) -> tuple[Eagle3, TrainingCost]:
+) -> tuple[Saved, TrainingCost]:
     """Train a head on the kept samples for `o.steps` steps, or go on with it; `o.seed` is that of its start too.
 
     Returns:

@@ -185,9 +185,7 @@ def figures(rows: Sequence[Row]) -> list[Drawing]:
                     points.append(_point(label, own / reference, mine))
         known = [p for p in points if p is not None]
         if known:
-            caption = (
-                "Up and to the left is better. The target's pass is charged; bars are 95 % intervals over seeds and prompts."
-            )
+            caption = "Up and left is better. The target's pass is charged; bars are 95 % intervals."
             title = f"Acceptance length against training cost, T={t:g}"
             found.append(scatter(f"cost-{t:g}", title, caption, known, "training cost ÷ that of all samples", "τ"))
         equal = where(here, accounting="equal-epochs", method=lambda m: m != "full")
