@@ -190,7 +190,7 @@ def inspect(
 def study(
     name: Annotated[str, typer.Argument(help="Which study: sfdd.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Options of the preset, dotted: epochs=3 seeds=[0,1]")
+        list[str] | None, typer.Argument(help="Options of the preset, dotted: train.epochs=3 seeds=[0,1]")
     ] = None,
     preset: Annotated[str, typer.Option(help="smoke, cpu, gpu, or a YAML file.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="The study's folder; default: runs/studies/NAME-PRESET.")] = None,

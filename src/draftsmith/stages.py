@@ -397,7 +397,10 @@ def tune(run: Run, out: Path, identity: Identity) -> None:
     with console.progress("trying draft trees on dev", len(run.recipe.tune.growths), "trees") as bar:
         for growth in run.recipe.tune.growths:
             single = Single(head, growth.build())
-            found = {name: metrics.count(replay(single, target.spec, own)) for name, own in answers.items()}
+            found = {
+                name: metrics.count(replay(single, target.spec, own, device=target.device))
+                for name, own in answers.items()
+            }
             lengths = [c.acceptance_length for c in found.values() if not math.isnan(c.acceptance_length)]
             mean = math.exp(sum(map(math.log, lengths)) / len(lengths)) if lengths else math.nan
             draft = profile.draft_cost(target, single)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from draftsmith.data.features import StoredSample
 from draftsmith.decoding.composition import Composition
 from draftsmith.decoding.engine import Engine
@@ -27,15 +29,22 @@ def stored_answer(sample: StoredSample) -> StoredAnswer:
 
 
 def replay(
-    composition: Composition, spec: TargetSpec, answers: Sequence[StoredAnswer], batch: int = 64
+    composition: Composition,
+    spec: TargetSpec,
+    answers: Sequence[StoredAnswer],
+    batch: int = 64,
+    device: torch.device | None = None,
 ) -> list[Generation]:
-    """The rounds in which the engine would write these answers: in exact arithmetic those of decoding them anew."""
+    """The rounds in which the engine would write these answers: in exact arithmetic those of decoding them anew.
+
+    `device` is where the drafters are, the CPU by default.
+    """
     order = sorted(range(len(answers)), key=lambda i: -len(answers[i].ids))
     found: dict[int, Generation] = {}
     for first in range(0, len(order), batch):
         group = order[first : first + batch]
         chosen = [answers[i] for i in group]
-        target = ReplayTarget(spec, chosen)
+        target = ReplayTarget(spec, chosen, device)
         prompts = [list(a.ids[: a.prompt_length]) for a in chosen]
         limits = [len(a.ids) - a.prompt_length for a in chosen]
         for i, generation in zip(group, Engine(target, composition).generate(prompts, None, limits), strict=True):

@@ -30,11 +30,11 @@ from draftsmith.studies.corpus import CorpusOptions
 from draftsmith.studies.figures import Drawing
 from draftsmith.studies.rows import Row
 from draftsmith.studies.tables import Table
-from draftsmith.training.trainer import TrainOptions
+from draftsmith.training.options import TrainOptions
 
 KIND = "study-cell"
 ROWS = "rows.jsonl"
-RING_AGAIN = 5.0  # seconds: an exception raised in a finaliser is swallowed
+RING_AGAIN = 20.0  # seconds: to save a state; and an exception raised in a finaliser is swallowed
 
 
 class StudyOptions(Options):
@@ -46,7 +46,7 @@ class StudyOptions(Options):
     corpus: CorpusOptions = CorpusOptions()
     drafter: DrafterOptions = DrafterOptions()
     train: TrainOptions = Field(
-        default=TrainOptions(steps=1, evaluations=1), description="of every drafter; steps follow from the epochs"
+        default=TrainOptions(epochs=2, evaluations=1), description="of every drafter; its epochs are those over all data"
     )
     growths: tuple[GrowthOptions, ...] = Field(
         default=(GrowthOptions(node_budget=15, depth=5, width=4), GrowthOptions(kind="chain", depth=5)),
@@ -58,12 +58,16 @@ class StudyOptions(Options):
 
     @field_validator("train", mode="before")
     @classmethod
-    def _steps_follow(cls, given: Any) -> Any:
-        if isinstance(given, Mapping):
-            if given.get("steps") or given.get("seconds"):
-                raise ValueError("steps and seconds are not options of a study: they follow from the epochs")
-            return {"evaluations": 1, **given, "steps": 1}
-        return given
+    def _last_checkpoint(cls, given: Any) -> Any:
+        # one evaluation, at the end: the last checkpoint is kept for every method alike
+        return {"evaluations": 1, **given} if isinstance(given, Mapping) else given
+
+    @field_validator("train")
+    @classmethod
+    def _epochs(cls, train: TrainOptions) -> TrainOptions:
+        if train.epochs is None:
+            raise ValueError("a study counts in epochs: give train.epochs, not steps or seconds")
+        return train
 
 
 @dataclass(frozen=True)
@@ -119,12 +123,21 @@ class TimeUp(BaseException):
 
 @contextmanager
 def time_box(seconds: float | None) -> Iterator[None]:
-    """Raise `TimeUp` in the block after so many seconds; only in the main thread, where signals arrive."""
+    """End the block with `TimeUp` after so many seconds; only in the main thread, where signals arrive.
+
+    A training is asked to end by SIGTERM first: it saves its state. What does not listen is interrupted.
+    """
     if seconds is None or not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
         yield
         return
+    rung = False
 
     def ring(*_: object) -> None:
+        nonlocal rung
+        if not rung and callable(signal.getsignal(signal.SIGTERM)):
+            rung = True
+            signal.raise_signal(signal.SIGTERM)
+            return
         raise TimeUp
 
     before = signal.signal(signal.SIGALRM, ring)
@@ -132,6 +145,10 @@ def time_box(seconds: float | None) -> Iterator[None]:
     delay, interval = signal.setitimer(signal.ITIMER_REAL, seconds, RING_AGAIN)
     try:
         yield
+    except SystemExit as ended:
+        if rung and not ended.code:
+            raise TimeUp from None
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)

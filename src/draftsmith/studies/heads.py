@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain, count, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from draftsmith.drafters.checkpoint import Saved, load_drafter
+from draftsmith.drafters.checkpoint import load_drafter
 from draftsmith.drafters.eagle3 import Eagle3, auxiliary_layers, eagle3_options
 from draftsmith.foundation import artefacts, seeding
 from draftsmith.foundation.errors import UserError
+from draftsmith.numerics import losses
 from draftsmith.recipe import DrafterOptions
 from draftsmith.studies.corpus import Corpus
 from draftsmith.studies.rows import TrainingCost
 from draftsmith.target.model import HFTarget
 from draftsmith.target.vocabulary import VocabMap
 from draftsmith.training.batches import epoch_plan
-from draftsmith.training.trainer import Dev, TrainOptions, train
+from draftsmith.training.dev import Dev
+from draftsmith.training.objectives.eagle3 import Eagle3Objective
+from draftsmith.training.options import TrainOptions
+from draftsmith.training.trainer import train
 
 LOG = "training.jsonl"
 FASTEST = 0.1
@@ -56,17 +61,24 @@ def fresh_head(corpus: Corpus, vocab: VocabMap, seed: int) -> Eagle3:
     return head.to(target.device)
 
 
-def batch_positions(corpus: Corpus, kept: Sequence[str], o: TrainOptions, epochs: int) -> list[list[int]]:
-    """Positions of each step's batch, by epoch: as the trainer plans them."""
+def steps_of(corpus: Corpus, kept: Sequence[str], o: TrainOptions) -> int:
+    """Optimiser steps of a training on the kept samples."""
+    return o.steps or sum(len(plan) for plan in islice(_plans(corpus, kept, o), o.epochs))
+
+
+def positions_of(corpus: Corpus, kept: Sequence[str], o: TrainOptions) -> int:
+    """Positions that a training on the kept samples reads, over all its steps."""
+    batches = chain.from_iterable(_plans(corpus, kept, o))
+    return sum(islice(batches, steps_of(corpus, kept, o)))
+
+
+def _plans(corpus: Corpus, kept: Sequence[str], o: TrainOptions) -> Iterator[list[int]]:
+    """Positions of each step's batch, epoch after epoch: as the trainer plans them."""
     known = dict(zip(corpus.training.ids, corpus.training.lengths, strict=True))
     lengths = [known[i] for i in kept]
-    plans = [epoch_plan(lengths, o.row_length, o.batch_positions, o.seed, epoch) for epoch in range(epochs)]
-    return [[sum(lengths[i] for row in rows for i in row) for rows in plan] for plan in plans]
-
-
-def steps_of(corpus: Corpus, kept: Sequence[str], o: TrainOptions, epochs: int) -> int:
-    """Optimiser steps of so many epochs over the kept samples."""
-    return sum(map(len, batch_positions(corpus, kept, o, epochs)))
+    for epoch in count():
+        plan = epoch_plan(lengths, o.row_length, o.batch_positions, o.seed, epoch)
+        yield [sum(lengths[i] for row in rows for i in row) for rows in plan]
 
 
 def trained_head(
@@ -77,34 +89,37 @@ def trained_head(
     dev: Dev,
     folder: Path,
     meta: dict[str, object],
-) -> tuple[Saved, TrainingCost]:
-    """Train a head on the kept samples for `o.steps` steps, or go on with it; `o.seed` is that of its start too.
+) -> tuple[Eagle3, TrainingCost]:
+    """Train a head on the kept samples, or go on with it; `o.seed` is that of its start too.
 
     Returns:
         the drafter in the target's number format, and what its training cost.
     """
-    assert o.steps is not None
     head = fresh_head(corpus, vocab, o.seed)
-    teacher = corpus.target.output_rows(vocab.target_ids)
     place, log = folder / "drafter", folder / LOG
     if not (place / artefacts.MANIFEST).is_file():
-        train(head, teacher, corpus.training, kept, dev, o, place, log, meta)
+        train(head, objective_of(corpus, head, o), corpus.training, kept, dev, o, place, log, meta)
     rows = [row for row in artefacts.read_jsonl(log) if "loss" in row]
-    positions = 0
-    left = o.steps
-    epochs = 0
-    while left > 0:
-        epochs += 1
-        plan = batch_positions(corpus, kept, o, epochs)[-1][:left]
-        positions += sum(plan)
-        left -= len(plan)
+    positions = positions_of(corpus, kept, o)
     # both paces are those of the machine left alone, as far as that can be told
     pace = float(np.quantile([1 / float(row["positions_per_second"]) for row in rows], FASTEST))
     cost = TrainingCost(
         training_seconds=round(sum(float(row["seconds"]) for row in rows), 3),
-        training_steps=o.steps,
+        training_steps=steps_of(corpus, kept, o),
         training_positions=positions,
         training_cost=positions * o.unroll_steps,
         pass_ratio=round(corpus.scoring_seconds / pace, 4),
     )
-    return load_drafter(place, corpus.target, checksums=False), cost
+    trained = load_drafter(place, corpus.target, checksums=False)
+    assert isinstance(trained, Eagle3)
+    return trained, cost
+
+
+def objective_of(corpus: Corpus, head: Eagle3, o: TrainOptions) -> Eagle3Objective:
+    """EAGLE-3's loss for a head."""
+    teacher = corpus.target.output_rows(head.vocab.target_ids)
+    loss = losses.by_name(o.loss)
+    survival = "survival" in o.weights.build().needs
+    return Eagle3Objective(
+        head, teacher, loss, o.unroll_steps, o.step_decay, o.detach_steps, o.checkpoint_steps, survival
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from pydantic import Field
 
 from draftsmith.decoding.composition import Single
@@ -66,6 +67,7 @@ class Row(TrainingCost):
 
 def replayed_rows(
     drafter: Drafter,
+    device: torch.device,
     growths: Sequence[GrowthOptions],
     tests: Iterable[AnswerSet],
     spec: TargetSpec,
@@ -74,14 +76,14 @@ def replayed_rows(
     """Acceptance on stored answers, a row for each test set and tree.
 
     Args:
-        drafter: in the target's number format.
+        drafter: in the target's number format, on `device`.
         common: the fields that all of the cell's rows share.
     """
     rows = []
     for test in tests:
         for growth in growths:
             built = growth.build()
-            generations = replay(Single(drafter, built), spec, test.answers)
+            generations = replay(Single(drafter, built), spec, test.answers, device=device)
             each = [metrics.count([g]) for g in generations]
             counts = metrics.count(generations)
             rows.append(

@@ -31,7 +31,7 @@ from draftsmith.studies.rows import Row, replayed_rows
 from draftsmith.studies.tables import Table
 from draftsmith.target.model import HFTarget, load_target
 from draftsmith.target.vocabulary import VocabMap
-from draftsmith.training.trainer import Dev
+from draftsmith.training.dev import Dev
 
 Accounting = Literal["equal-epochs", "equal-steps"]
 BATCH = "flatness-batch"
@@ -64,7 +64,6 @@ class Block(Options):
 class SfddOptions(StudyOptions):
     """The study's grid."""
 
-    epochs: int = Field(default=2, ge=1, description="of training on all samples, and of equal epochs")
     grid: tuple[Block, ...] = Field(default=(Block(methods=("random", "flatness")),), description="beside `full`")
     within_domains: bool = Field(
         default=True, description="choose in each domain by itself: a flat domain would crowd out a peaked one"
@@ -95,7 +94,7 @@ class Sfdd:
 
     def identity(self, setting: Setting) -> Mapping[str, object]:
         o = self.options
-        included = {"drafter", "train", "growths", "epochs", "within_domains", "strata"}
+        included = {"drafter", "train", "growths", "within_domains", "strata"}
         return {
             "options": o.model_dump(mode="json", include=included),
             "target": self.target.spec.fingerprint,
@@ -106,11 +105,11 @@ class Sfdd:
         o, corpus = self.options, self.corpus
         chosen = self.chosen(setting)
         train = o.train.model_copy(update={"seed": setting.seed})
-        counted = corpus.train_ids if setting.accounting == "equal-steps" else chosen.kept
-        train = train.model_copy(update={"steps": heads.steps_of(corpus, counted, train, o.epochs)})
+        if setting.accounting == "equal-steps":
+            train = train.model_copy(update={"epochs": None, "steps": heads.steps_of(corpus, corpus.train_ids, train)})
         console.say(
             f"{len(chosen.kept)} of {len(corpus.train_ids)} samples, {console.count(chosen.positions_kept)} of "
-            f"{console.count(chosen.positions_total)} positions, {train.steps} steps"
+            f"{console.count(chosen.positions_total)} positions, {heads.steps_of(corpus, chosen.kept, train)} steps"
         )
         dev = Dev(self.target.spec, corpus.dev, o.growths[0].build())
         kept = hashlib.sha256(json.dumps(chosen.kept).encode()).hexdigest()[:16]
@@ -136,7 +135,7 @@ class Sfdd:
             },
         }
         with console.timed("replaying the test answers"):
-            rows = replayed_rows(head, o.growths, corpus.tests, self.target.spec, common)
+            rows = replayed_rows(head, head.device, o.growths, corpus.tests, self.target.spec, common)
         if not o.keep_drafters:
             shutil.rmtree(folder)
         return rows

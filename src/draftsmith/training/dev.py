@@ -51,7 +51,9 @@ def acceptance_length(drafter: nn.Module, weights: Mapping[str, Tensor], dev: De
     """
     made = deployed(drafter, weights, getattr(torch, dev.spec.dtype))
     answers = ranks.share(dev.answers)
-    counts = metrics.count(replay(Single(made, dev.growth), dev.spec, answers)) if answers else metrics.Counts()
+    device = next(drafter.parameters()).device
+    rounds_of = replay(Single(made, dev.growth), dev.spec, answers, device=device) if answers else []
+    counts = metrics.count(rounds_of)
     committed, rounds = ranks.sums([counts.committed, counts.rounds])
     if not rounds:
         raise UserError(

@@ -80,14 +80,16 @@ def test_equal_epochs_see_each_sample_so_often_and_equal_steps_take_as_many_as_f
     o = done.options.train
     half = done.chosen(Setting("flatness", keep=0.5)).kept
     lengths = dict(zip(done.corpus.training.ids, done.corpus.training.lengths, strict=True))
-    positions = heads.batch_positions(done.corpus, half, o, 2)
-    assert [sum(epoch) for epoch in positions] == 2 * [sum(lengths[i] for i in half)]
-    plan = epoch_plan([lengths[i] for i in half], o.row_length, o.batch_positions, o.seed, 1)
-    assert [sum(lengths[half[i]] for row in rows for i in row) for rows in plan] == positions[1]
+    plans = [epoch_plan([lengths[i] for i in half], o.row_length, o.batch_positions, 0, epoch) for epoch in (0, 1)]
+    assert heads.positions_of(done.corpus, half, o) == 2 * sum(lengths[i] for i in half)
+    first = [sum(lengths[half[i]] for row in rows for i in row) for rows in plans[0]]
+    three = o.model_copy(update={"epochs": None, "steps": len(first) + 1})
+    again = sum(lengths[half[i]] for row in plans[1][0] for i in row)
+    assert heads.positions_of(done.corpus, half, three) == sum(first) + again
     rows = grid.read_rows(done.out / "results" / grid.ROWS)
     steps = {r.method: r.training_steps for r in rows if r.seed == 0}
-    assert steps["full"] == heads.steps_of(done.corpus, done.corpus.train_ids, o, 2)
-    assert steps["flatness"] == sum(map(len, positions)) < steps["full"]
+    assert steps["full"] == heads.steps_of(done.corpus, done.corpus.train_ids, o)
+    assert steps["flatness"] == sum(map(len, plans)) < steps["full"]
 
 
 def test_seeds_change_the_start_the_batches_and_only_the_random_choice(done: Sfdd) -> None:

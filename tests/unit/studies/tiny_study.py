@@ -39,9 +39,8 @@ def settings(folder: Path, **changed: object) -> dict[str, object]:
             "batch": 8,
         },
         "drafter": {"draft_vocab_size": 64},
-        "train": {"row_length": 96, "batch_positions": 192, "unroll_steps": 2, "precision": "float32"},
+        "train": {"epochs": 2, "row_length": 96, "batch_positions": 192, "unroll_steps": 2, "precision": "float32"},
         "growths": [{"node_budget": 5, "depth": 3, "width": 2}],
-        "epochs": 2,
         "grid": [{"methods": ["random", "flatness"]}],
         **changed,
     }
