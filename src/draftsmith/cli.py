@@ -201,12 +201,17 @@ def study(
         Path | None, typer.Option(help="Folder of prompts and benchmarks; default: $DRAFTSMITH_DATA.")
     ] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say which cells would run; run nothing.")] = False,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="sfdd: train on the flat, peaked or a random half of the tokens instead.")
+    ] = False,
     table: Annotated[bool, typer.Option("--table", help="Print the tables of the results that are there.")] = False,
 ) -> None:
     """Run a grid of drafters that answers a question, with the paper's figures beside ours; interrupted, it goes on."""
     from draftsmith.commands import study as studies
 
-    studies.study(name, preset, out, overrides or [], time_budget=time_budget, data=data, plan=plan, table=table)
+    studies.study(
+        name, preset, out, overrides or [], time_budget=time_budget, data=data, plan=plan, table=table, probe=probe
+    )
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from draftsmith.foundation import console, options
 from draftsmith.foundation.errors import UserError
 from draftsmith.studies import grid
 from draftsmith.studies.grid import Study, StudyOptions
+from draftsmith.studies.probe import Probe
 from draftsmith.studies.sfdd import Sfdd, SfddOptions
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -23,9 +24,10 @@ class Known:
 
     options: type[StudyOptions]
     build: Callable[..., Study]
+    probe: Callable[..., Study] | None = None
 
 
-STUDIES: Mapping[str, Known] = {"sfdd": Known(SfddOptions, Sfdd)}
+STUDIES: Mapping[str, Known] = {"sfdd": Known(SfddOptions, Sfdd, Probe)}
 
 
 def study(
@@ -38,8 +40,9 @@ def study(
     data: Path | None,
     plan: bool,
     table: bool,
+    probe: bool = False,
 ) -> None:
-    """Run a study, or show its plan or its tables."""
+    """Run a study, or show its plan or its tables; `probe`: its side question."""
     if name not in STUDIES:
         raise UserError(f"there is no study {name!r}: choose {', '.join(STUDIES)}")
     seconds = None if time_budget is None else duration(time_budget)
@@ -49,7 +52,12 @@ def study(
     given = options.override(options.load_yaml(grid.find_preset(name, preset)), overrides)
     checked = options.validate(known.options, given, "the command line")
     folder = out or Path("runs", "studies", f"{name}-{Path(preset).stem}")
-    made = known.build(checked, folder)
+    build = known.probe if probe else known.build
+    if build is None:
+        raise UserError(f"the study {name} has no probe")
+    made = build(checked, folder)
+    if probe and not (folder / grid.ROWS).is_file():
+        folder = folder / "probe"
     if table:
         results = grid.results_folder(folder)
         grid.show(made, grid.read_rows(results / grid.ROWS), results)

@@ -97,13 +97,13 @@ class Corpus:
         """Bring everything to done."""
         _ = self.prompts, self.training
         for temperature in self.options.temperatures:
-            self._tests(temperature)
+            self.test_store(temperature)
         _ = self.scoring_seconds
 
     @cached_property
     def identity(self) -> dict[str, object]:
         """Checksums of all that cells read."""
-        tests = {str(t): artefacts.checksum(self._tests(t).folder) for t in self.options.temperatures}
+        tests = {str(t): artefacts.checksum(self.test_store(t).folder) for t in self.options.temperatures}
         return {"training": artefacts.checksum(self.training.folder), "tests": tests}
 
     @cached_property
@@ -165,7 +165,7 @@ class Corpus:
         """Test answers of every benchmark at every temperature."""
         found = []
         for temperature in self.options.temperatures:
-            store = self._tests(temperature)
+            store = self.test_store(temperature)
             for name, part in self.prompts["test"].items():
                 ids = _known(store, part)
                 answers = [stored_answer(store[i]) for i in ids]
@@ -188,7 +188,8 @@ class Corpus:
             artefacts.write_json(path, min(rates))
         return float(artefacts.read_json(path))
 
-    def _tests(self, temperature: float) -> FeatureStore:
+    def test_store(self, temperature: float) -> FeatureStore:
+        """Features of the test answers at a temperature."""
         if temperature not in self._test_stores:
             asked = [c for part in self.prompts["test"].values() for c in part]
             name = f"test-{temperature:g}"

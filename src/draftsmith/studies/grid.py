@@ -46,7 +46,8 @@ class StudyOptions(Options):
     corpus: CorpusOptions = CorpusOptions()
     drafter: DrafterOptions = DrafterOptions()
     train: TrainOptions = Field(
-        default=TrainOptions(epochs=2, evaluations=1), description="of every drafter; its epochs are those over all data"
+        default=TrainOptions(epochs=2, evaluations=1),
+        description="of every drafter; epochs are counted over all samples",
     )
     growths: tuple[GrowthOptions, ...] = Field(
         default=(GrowthOptions(node_budget=15, depth=5, width=4), GrowthOptions(kind="chain", depth=5)),

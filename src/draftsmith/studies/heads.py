@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, count, islice
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from draftsmith.target.model import HFTarget
 from draftsmith.target.vocabulary import VocabMap
 from draftsmith.training.batches import epoch_plan
 from draftsmith.training.dev import Dev
+from draftsmith.training.objectives.base import Objective, SampleSource
 from draftsmith.training.objectives.eagle3 import Eagle3Objective
 from draftsmith.training.options import TrainOptions
 from draftsmith.training.trainer import train
@@ -89,8 +90,13 @@ def trained_head(
     dev: Dev,
     folder: Path,
     meta: dict[str, object],
+    source: SampleSource | None = None,
+    objective: Callable[[Eagle3], Objective] | None = None,
 ) -> tuple[Eagle3, TrainingCost]:
     """Train a head on the kept samples, or go on with it; `o.seed` is that of its start too.
+
+    Args:
+        source, objective: instead of the corpus's training answers and EAGLE-3's loss.
 
     Returns:
         the drafter in the target's number format, and what its training cost.
@@ -98,7 +104,8 @@ def trained_head(
     head = fresh_head(corpus, vocab, o.seed)
     place, log = folder / "drafter", folder / LOG
     if not (place / artefacts.MANIFEST).is_file():
-        train(head, objective_of(corpus, head, o), corpus.training, kept, dev, o, place, log, meta)
+        loss = objective(head) if objective else objective_of(corpus, head, o)
+        train(head, loss, source or corpus.training, kept, dev, o, place, log, meta)
     rows = [row for row in artefacts.read_jsonl(log) if "loss" in row]
     positions = positions_of(corpus, kept, o)
     # both paces are those of the machine left alone, as far as that can be told

@@ -17,8 +17,9 @@ from typing import Literal
 
 import torch
 from pydantic import Field, field_validator
+from torch import Tensor
 
-from draftsmith.foundation import console, seeding
+from draftsmith.foundation import artefacts, console, options, seeding
 from draftsmith.foundation.options import Options
 from draftsmith.numerics.distributions import TokenStatistics
 from draftsmith.selection.samples import ScoredSample, Selection, SelectionOptions, select
@@ -32,11 +33,14 @@ from draftsmith.studies.tables import Table
 from draftsmith.target.model import HFTarget, load_target
 from draftsmith.target.vocabulary import VocabMap
 from draftsmith.training.dev import Dev
+from draftsmith.training.overlaps import overlaps
 
 Accounting = Literal["equal-epochs", "equal-steps"]
 BATCH = "flatness-batch"
 LENGTH_MATCHED = "flatness-length-matched"
-METHODS = ("full", "random", *(name for name in SCORES if name not in DRAFT_AWARE), BATCH, LENGTH_MATCHED)
+AWARE = ("disagreement", "flatness-x-disagreement")
+METHODS = ("full", "random", *(name for name in SCORES if name not in DRAFT_AWARE), BATCH, LENGTH_MATCHED, *AWARE)
+FORWARD = 1 / 3  # of a training step's work
 
 
 class Block(Options):
@@ -68,14 +72,21 @@ class SfddOptions(StudyOptions):
     within_domains: bool = Field(
         default=True, description="choose in each domain by itself: a flat domain would crowd out a peaked one"
     )
+    scout: float = Field(
+        default=0.2,
+        gt=0,
+        le=1,
+        description="share of the samples, drawn at random, on which the drafter that draft-aware methods ask is "
+        "trained once",
+    )
     strata: int = Field(default=8, ge=2, description=f"groups of like length of {LENGTH_MATCHED}")
 
 
 class Sfdd:
     """The study; see `grid.Study`."""
 
-    def __init__(self, options: SfddOptions, out: Path) -> None:
-        self.options = options
+    def __init__(self, given: SfddOptions, out: Path) -> None:
+        self.options = given
         self.out = out
 
     def settings(self) -> list[Setting]:
@@ -91,10 +102,14 @@ class Sfdd:
 
     def prepare(self) -> None:
         self.corpus.prepare()
+        if any(setting.method in AWARE for setting in self.settings()):
+            _ = self.overlaps
 
     def identity(self, setting: Setting) -> Mapping[str, object]:
         o = self.options
         included = {"drafter", "train", "growths", "within_domains", "strata"}
+        if setting.method in AWARE:
+            included.add("scout")
         return {
             "options": o.model_dump(mode="json", include=included),
             "target": self.target.spec.fingerprint,
@@ -127,6 +142,7 @@ class Sfdd:
             **cost.model_dump(),
             "scored_positions": scored,
             "target_positions": read,
+            "scout_positions": self.scout_positions if setting.method in AWARE else 0,
             "extra": {
                 "samples_kept": len(chosen.kept),
                 "tokens_kept": chosen.tokens_kept,
@@ -173,9 +189,37 @@ class Sfdd:
         scores = {}
         if method in SCORES:
             columns = {column: values[rows] for column, values in sample.statistics.items()}
-            evidence = Evidence(TokenStatistics(**columns, vocab_size=self.target.spec.vocab_size))
+            asked = self.overlaps[name][rows] if method in AWARE else None
+            evidence = Evidence(TokenStatistics(**columns, vocab_size=self.target.spec.vocab_size), asked)
             scores = {method: token_scores(method, evidence)}
         return ScoredSample(name, int(rows.sum()), len(sample.ids), scores, complete=sample.complete)
+
+    @cached_property
+    def overlaps(self) -> Mapping[str, Tensor]:
+        """What the scout has of the target's distribution, `[T]` of each sample; rows that teach nothing count 1."""
+        o = self.options
+        train = o.train.model_copy(update={"epochs": 1, "seed": 0})
+        meta = {**self.identity(Setting("scout")), "scout": o.scout}
+        place = self.out / "shared" / f"scout-{options.digest(meta)[:8]}"
+        known = place / "overlaps.safetensors"
+        if not known.is_file():
+            dev = Dev(self.target.spec, self.corpus.dev, o.growths[0].build())
+            head, _ = heads.trained_head(self.corpus, self.vocab, self.scout_samples, train, dev, place, meta)
+            asked = overlaps(heads.objective_of(self.corpus, head, train), self.corpus.training, self.corpus.train_ids)
+            artefacts.save_tensors(known, {sample.id: found.nan_to_num(1.0) for sample, found in asked})
+        return artefacts.load_tensors(known)
+
+    @property
+    def scout_samples(self) -> Sequence[str]:
+        """What the scout is trained on."""
+        return self.chosen(Setting("random", keep=self.options.scout)).kept
+
+    @property
+    def scout_positions(self) -> int:
+        """Training positions that the scout took, its reading of all samples included."""
+        known = dict(zip(self.corpus.training.ids, self.corpus.training.lengths, strict=True))
+        read = FORWARD * sum(known[i] for i in self.corpus.train_ids)
+        return round(sum(known[i] for i in self.scout_samples) + read)
 
     @cached_property
     def target(self) -> HFTarget:

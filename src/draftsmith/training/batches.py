@@ -19,6 +19,7 @@ from torch import Tensor
 from draftsmith.data.features import StoredSample
 from draftsmith.drafters.unrolled import UnrollBatch
 from draftsmith.foundation import seeding
+from draftsmith.numerics.distributions import COLUMNS as STATISTICS
 from draftsmith.target.protocol import FeatureSpec
 
 REFERENCE = "reference_loss."
@@ -35,8 +36,8 @@ class TrainBatch:
         counted: `[S, R, Q]` bool, which drafts count at each unrolled step.
         samples: `[R, Q]` int64, index (within the batch) of the sample a start belongs to.
         positions: tokens that are no padding.
-        statistics: `[R, L]` by name: the target's `log_norm` and a reference's `reference_loss.<step>`, where all
-            samples hold them.
+        statistics: `[R, L]` by name: the target's `log_norm` and what the source added to the store's (a reference's
+            `reference_loss.<step>`), where all samples hold it.
     """
 
     unroll: UnrollBatch
@@ -105,7 +106,7 @@ def collate(rows: Sequence[Sequence[StoredSample]], wants: FeatureSpec, steps: i
     final = torch.zeros((size, width, first.hidden["final"].shape[-1]), dtype=features.dtype)
     log_z = torch.zeros((size, width))
     held = set.intersection(*(set(s.statistics) for row in rows for s in row))
-    names = sorted(name for name in held if name == "log_norm" or name.startswith(REFERENCE))
+    names = sorted(name for name in held if name == "log_norm" or name not in STATISTICS)
     statistics = {name: torch.zeros((size, width)) for name in names}
     segments = torch.full((size, width), -1, dtype=torch.int64)
     positions = torch.zeros((size, width), dtype=torch.int64)
