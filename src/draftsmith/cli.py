@@ -102,7 +102,72 @@ _register("select", "Choose the samples that are worth training on.")
 _register("features", "Store the target's hidden states of what was kept.")
 _register("train", "Train a drafter; the checkpoint that decodes best on dev is kept.")
 _register("tune", "Choose the draft tree on dev, from costs measured on this machine.")
-_register("bench", "Plain against speculative decoding on test prompts, in the same engine.")
+
+
+@app.command()
+def bench(
+    overrides: Overrides = None,
+    run: RunFolder = RUN,
+    recipe: RecipeName = None,
+    target: Target = None,
+    data: Data = None,
+    server: Server = None,
+    benchmark: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="gsm8k, math-500, svamp, mt-bench, humaneval, mbpp, spec-bench[:category], or a jsonl file; several "
+            "by commas. From the folder in DRAFTSMITH_DATA, else from the hub."
+        ),
+    ] = None,
+    drafters: Annotated[
+        list[str] | None, typer.Option(help="name=path of a run or a drafter (several times); default: the run's own.")
+    ] = None,
+    baselines: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Others beside them, by commas: prompt-lookup, transformers, transformers-prompt-lookup, "
+            "assisted=FOLDER, name=http://… (name-plain=… is what name is compared with)."
+        ),
+    ] = None,
+    prompts: Annotated[int | None, typer.Option(min=1, help="Prompts of each benchmark at most.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=2, help="Tokens of an answer at most.")] = None,
+    temperatures: Annotated[str | None, typer.Option(help="By commas: 0,1")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Prompts decoded together.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, help="Times that everything is measured.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the draws and of the choice of prompts.")] = None,
+    assistant_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Drafted by transformers' assistant in a round; default: its heuristic.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of rows and summary; default: benchmarks/ in the run's.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="An earlier summary.json: exit code 1 if something is worse beyond intervals.")
+    ] = None,
+    redo: Redo = False,
+    plan: Plan = False,
+) -> None:
+    """Plain against speculative decoding, in the same engine: on the run's test prompts, or on benchmarks."""
+    from draftsmith.commands import bench as measuring
+    from draftsmith.commands import stage
+
+    assigned = stage.assignments(overrides, target, data, server)
+    given = {"prompts": prompts, "max_new_tokens": max_new_tokens, "batch": batch, "repeats": repeats, "seed": seed}
+    wanted = measuring.Asked(
+        benchmark or [],
+        drafters or [],
+        baselines or [],
+        assistant_tokens,
+        {**given, "temperatures": measuring.numbers(temperatures)},
+    )
+    if benchmark:
+        results = measuring.bench(stage.opened(run, recipe, assigned), wanted, out or run / "benchmarks", redo)
+    else:
+        measuring.refuse_without_benchmark(wanted, out)
+        stage.one("bench", run, recipe, assigned, plan=plan, redo=redo)
+        results = [] if plan else measuring.stage_results(run)
+    if against and not plan and not measuring.against(results, against):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -7,28 +7,28 @@ on with the next unit, and a unit that fails is listed apart and leaves the othe
 
 from __future__ import annotations
 
-import itertools
 import json
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from pydantic import Field
 
-from draftsmith.data.conversations import Conversation, subset
+from draftsmith.data.conversations import Conversation
 from draftsmith.decoding.composition import Composition, Single
-from draftsmith.decoding.engine import Engine, Piece
 from draftsmith.decoding.trace import Generation
-from draftsmith.evaluation import equality, measured
+from draftsmith.evaluation import asking, equality, grading, measured
+from draftsmith.evaluation.asking import Unit
 from draftsmith.evaluation.measured import PLAIN, Row, pair
+from draftsmith.evaluation.modes import Decoded, EngineMode, Mode
 from draftsmith.evaluation.summary import Result, summarise
 from draftsmith.foundation import console
 from draftsmith.foundation.errors import UserError
 from draftsmith.foundation.options import Options
-from draftsmith.target import chat
 from draftsmith.target.detokenise import token_texts
 from draftsmith.target.model import HFTarget
 from draftsmith.target.sampling import Sampling
@@ -48,34 +48,6 @@ class BenchOptions(Options):
     seed: int = Field(default=0, description="of the draws and of the choice of prompts")
 
 
-@dataclass(frozen=True)
-class _Asked:
-    set: str
-    id: str
-    text: str
-    ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """Prompts that are decoded together, in every mode."""
-
-    asked: tuple[_Asked, ...]
-    temperature: float
-    repeat: int
-    turn: int  # says which mode begins
-
-    def keys(self, modes: Sequence[str]) -> set[measured.Key]:
-        return {(a.set, a.id, self.temperature, self.repeat, mode) for a in self.asked for mode in modes}
-
-
-@dataclass
-class _Decoded:
-    origins: list[int] = field(default_factory=list)
-    depths: list[int] = field(default_factory=list)
-    generation: Generation | None = None
-
-
 def bench(
     target: HFTarget,
     drafters: Composition | Mapping[str, Composition],
@@ -83,61 +55,73 @@ def bench(
     options: BenchOptions,
     out: Path,
     conditions: Mapping[str, object] | None = None,
+    peers: Sequence[Mode] = (),
 ) -> list[Row]:
-    """Decode the sets' prompts plainly and with each composition; `results` makes the numbers.
+    """Decode the sets' prompts plainly, with each composition and by each peer; `results` makes the numbers.
 
     Args:
         drafters: compositions by name (a single one is named after its drafter).
-        sets: conversations by set; the last user message and what stands before it is the prompt.
+        sets: conversations by set; the last user message and what stands before it is the prompt. Where an earlier
+            answer is empty it is written by plain decoding, and its turn is measured too (`<id>@1`, `<id>@2`, …).
         out: the rows as JSON lines. Rows already there are kept, and their prompts not decoded again; what failed is
             listed in the file beside it whose name ends in `-failed.jsonl`, and tried again by the next call.
         conditions: what else identifies the measurement (the drafter's checksum); rows measured under other conditions
             are refused.
+        peers: others that answer the same prompts (`peers.py`, `endpoint.py`).
 
     Returns:
         The rows of all units that were measured, now or before, one for each answer: `set`, `id`, `prompt` (the last
         user message), `temperature`, `repeat`, `mode` (`plain`, `speculative`), `drafters` (None for plain rows),
-        `node_budget`, `generation` (`Generation.to_row`, a plain one without rounds), `pieces` (a text for each token),
-        `origins` (the drafter of each token, −1 for the target's own), `depths` (in the tree, 0 for the target's own),
-        `conditions`; speculative rows also `equality` (`Equality.to_row` and, in half precision, `far_tokens`, see
-        `equality.teacher_forced`).
+        `engine` (`draftsmith`, `transformers`, `server`), `against` (the mode that speed-ups are over), `node_budget`,
+        `generation` (`Generation.to_row`, a plain one without rounds), `first_token_ms`, `pieces` (a text for each
+        token), `origins` (the drafter of each token, −1 for the target's own), `depths` (in the tree, 0 for the
+        target's own), `correct` (None where nothing grades), `conditions`; speculative rows also `equality`
+        (`Equality.to_row` and, in half precision, `far_tokens`, see `equality.teacher_forced`; None for other engines
+        at temperatures above 0, whose draws are others).
 
     Raises:
         StaleError: `out` holds rows measured under other conditions.
         UserError: no prompt could be measured.
     """
     named = dict(drafters) if isinstance(drafters, Mapping) else {_name(drafters): drafters}
-    if not named or PLAIN in named:
-        raise UserError(
-            f"drafters to measure need names, and none may be called {PLAIN!r}: {', '.join(named) or 'none'}"
-        )
-    modes = [PLAIN, *named]
-    engines = {PLAIN: Engine(target), **{name: Engine(target, composition) for name, composition in named.items()}}
+    modes: list[Mode] = [
+        EngineMode(PLAIN, target),
+        *(EngineMode(name, target, composition) for name, composition in named.items()),
+        *peers,
+    ]
+    names = [mode.name for mode in modes]
+    if len(modes) < 2 or len(set(names)) < len(names):
+        given = ", ".join(names[1:]) or "none"
+        raise UserError(f"what is measured needs names of its own, and none may be called {PLAIN!r}: {given}")
     failed: list[Row] = []
-    units = _plan(target, sets, options, failed)
-    under = _conditions(target, modes, options, conditions or {})
-    rows = measured.resume(out, [unit.keys(modes) for unit in units], under)
+    o = options
+    units = asking.plan(target, sets, o.prompts, o.batch, o.temperatures, o.repeats, o.seed, failed)
+    under = _conditions(target, names, options, conditions or {})
+    rows = measured.resume(out, [unit.keys(names) for unit in units], under)
+    plain = asking.plain_rows(rows)
     done = {measured.key(row) for row in rows}
-    wanted = {key for unit in units for key in unit.keys(modes)}
-    left = [unit for unit in units if not unit.keys(modes) <= done]
+    wanted = {key for unit in units for key in unit.keys(names)}
+    left = [unit for unit in units if not unit.keys(names) <= done]
     total = sum(len(unit.asked) for unit in units)
     already = total - sum(len(unit.asked) for unit in left)
     for _ in range(options.warmup if left else 0):
         with suppress(Exception):  # what is wrong with it is said when it counts
             for mode in modes:
-                _decode(engines[mode], left[0], options)
+                _decode(mode, left[0], left[0].prompts(target, plain), options)
     with console.progress("measuring", total, "prompts", done=already) as bar:
         for unit in left:
-            first = unit.turn % len(modes)
+            first = unit.begins % len(modes)
             try:
-                decoded = {mode: _decode(engines[mode], unit, options) for mode in modes[first:] + modes[:first]}
-                new = list(_rows(target, named, unit, decoded, options, under))
+                prompts = unit.prompts(target, plain)
+                decoded = {mode.name: _decode(mode, unit, prompts, options) for mode in modes[first:] + modes[:first]}
+                new = list(_rows(target, modes, unit, prompts, decoded, options, under))
             except Exception as problem:
-                failed += [_failure(a, problem, unit.temperature) for a in unit.asked]
+                failed += [asking.failure(a, problem, unit.temperature) for a in unit.asked]
                 bar.advance(len(unit.asked))
                 continue
             measured.append(out, new)
             rows += new
+            plain |= asking.plain_rows(new)
             bar.advance(len(unit.asked), **_speeds(new))
     measured.list_failures(out, failed)
     rows = [row for row in rows if measured.key(row) in wanted]
@@ -153,20 +137,22 @@ def results(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> list[Result]:
     Intervals are paired over prompts, a prompt's repeats counting together. A group without a round (answers of one
     token) has no numbers and is left out with a warning.
     """
-    plain = {pair(row): row for row in rows if row["mode"] == PLAIN}
+    everyone = {(*pair(row), row["drafters"] or PLAIN): row for row in rows}
     groups: dict[tuple[str, float, str], list[Mapping[str, Any]]] = {}
     for row in rows:
-        if row["mode"] != PLAIN and pair(row) in plain:
+        if row["mode"] != PLAIN and (*pair(row), row.get("against", PLAIN)) in everyone:
             groups.setdefault((row["set"], row["temperature"], row["drafters"]), []).append(row)
     found = []
     for (name, temperature, drafters), members in groups.items():
-        compared = [_equality(row["equality"]) for row in members]
+        against = members[0].get("against", PLAIN)
+        base = [everyone[(*pair(row), against)] for row in members]
+        compared = [_equality(row["equality"]) for row in members if row["equality"] is not None]
         try:
             result = summarise(
                 name,
                 temperature,
                 drafters,
-                [Generation.from_row(plain[pair(row)]["generation"]) for row in members],
+                [Generation.from_row(row["generation"]) for row in base],
                 [Generation.from_row(row["generation"]) for row in members],
                 equality.lossless(compared),
                 prompts=[row["id"] for row in members],
@@ -176,57 +162,29 @@ def results(rows: Sequence[Mapping[str, Any]], seed: int = 0) -> list[Result]:
         except UserError as problem:
             console.warn(str(problem))
             continue
-        found.append(result)
+        found.append(result.model_copy(update=_more(members, base, against)))
     return found
+
+
+def _more(members: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]], against: str) -> dict[str, object]:
+    """A result's fields that are not in traces: whose engine, against what, first tokens, right answers."""
+    more: dict[str, object] = {"engine": members[0].get("engine", "draftsmith"), "compared_with": against}
+    for name, side in (("first_token_ms", members), ("plain_first_token_ms", base)):
+        times = [row["first_token_ms"] for row in side if row.get("first_token_ms") is not None]
+        more[name] = statistics.median(times) if times else None
+    graded = [(a, b) for a, b in zip(members, base, strict=True) if a.get("correct") is not None]
+    if graded:
+        more["graded"] = len(graded)
+        more["accuracy"] = sum(bool(a["correct"]) for a, _ in graded) / len(graded)
+        more["plain_accuracy"] = sum(bool(b["correct"]) for _, b in graded) / len(graded)
+    if members[0].get("engine", "draftsmith") != "draftsmith":
+        # nobody told how a foreign round's time is spent
+        more |= {"draft_ms": None, "verify_ms": None, "rest_ms": None}
+    return more
 
 
 def _name(composition: Composition) -> str:
     return type(composition.drafter if isinstance(composition, Single) else composition).__name__.lower()
-
-
-def _plan(
-    target: HFTarget, sets: Mapping[str, Sequence[Conversation]], options: BenchOptions, failed: list[Row]
-) -> list[_Unit]:
-    """All units in order: sets by turns, so that a machine that slows down meets all of them."""
-    groups: list[list[tuple[int, tuple[_Asked, ...]]]] = []
-    for name, conversations in sets.items():
-        asked = []
-        for conversation in subset(conversations, options.prompts, options.seed, "bench", name):
-            try:
-                asked.append(_prompt(target, name, conversation))
-            except UserError as problem:
-                failed.append(_failure(_Asked(name, conversation.id, _question(conversation), ()), problem, None))
-        starts = range(0, len(asked), options.batch)
-        groups.append([(turn, tuple(asked[i : i + options.batch])) for turn, i in enumerate(starts)])
-    mixed = [group for row in itertools.zip_longest(*groups) for group in row if group]
-    return [
-        _Unit(group, temperature, repeat, turn + step + repeat)
-        for repeat in range(options.repeats)
-        for turn, group in mixed
-        for step, temperature in enumerate(options.temperatures)
-    ]
-
-
-def _prompt(target: HFTarget, name: str, conversation: Conversation) -> _Asked:
-    messages = list(conversation.messages)
-    while messages and messages[-1].role != "user":
-        messages.pop()
-    if not messages:
-        raise UserError("the conversation asks nothing: it has no user message")
-    if any(m.role == "assistant" and not m.content for m in messages):
-        raise UserError(
-            "an earlier answer is still to be generated: let the target write it first (draftsmith regenerate)"
-        )
-    ids = chat.prompt_ids(target.tokenizer, messages)
-    if len(ids) + 2 > target.spec.max_positions:
-        raise UserError(
-            f"the prompt has {len(ids)} tokens; {target.spec.name} takes {target.spec.max_positions} in all"
-        )
-    return _Asked(name, conversation.id, messages[-1].content, tuple(ids))
-
-
-def _question(conversation: Conversation) -> str:
-    return next((m.content for m in reversed(conversation.messages) if m.role == "user"), "")
 
 
 def _conditions(
@@ -247,65 +205,59 @@ def _conditions(
     return plain
 
 
-def _decode(engine: Engine, unit: _Unit, options: BenchOptions) -> list[_Decoded]:
+def _decode(mode: Mode, unit: Unit, prompts: Sequence[Sequence[int]], options: BenchOptions) -> list[Decoded]:
     sampling = Sampling(temperature=unit.temperature, seed=options.seed)
-    found = [_Decoded() for _ in unit.asked]
-    prompts, names = [a.ids for a in unit.asked], [a.id for a in unit.asked]
-    for event in engine.stream(prompts, sampling, options.max_new_tokens, names):
-        if isinstance(event, Piece):
-            found[event.request].origins += event.owners
-            found[event.request].depths += event.depths
-        else:
-            found[event.request].generation = event
-    return found
+    return mode.decode(prompts, [a.id for a in unit.asked], sampling, options.max_new_tokens)
 
 
 def _rows(
     target: HFTarget,
-    named: Mapping[str, Composition],
-    unit: _Unit,
-    decoded: Mapping[str, Sequence[_Decoded]],
+    modes: Sequence[Mode],
+    unit: Unit,
+    prompts: Sequence[Sequence[int]],
+    decoded: Mapping[str, Sequence[Decoded]],
     options: BenchOptions,
     conditions: Mapping[str, object],
 ) -> Iterator[Row]:
     """The unit's rows, compared with plain decoding (outside the time that counts)."""
     sampling = Sampling(temperature=unit.temperature, seed=options.seed)
-    for i, asked in enumerate(unit.asked):
+    for i, (asked, prompt) in enumerate(zip(unit.asked, prompts, strict=True)):
         plain = decoded[PLAIN][i].generation
-        assert plain is not None
-        for mode in (PLAIN, *named):
-            found = decoded[mode][i]
+        grade = grading.grader(asked.set)
+        for mode in modes:
+            found = decoded[mode.name][i]
             generation = found.generation
-            assert generation is not None
+            ids = generation.token_ids
+            correct = None
+            if grade and asked.reference is not None:
+                correct = grade(target.tokenizer.decode(ids, skip_special_tokens=True), asked.reference)
             row: Row = {
                 "set": asked.set,
                 "id": asked.id,
                 "prompt": asked.text,
                 "temperature": unit.temperature,
                 "repeat": unit.repeat,
-                "mode": PLAIN if mode == PLAIN else "speculative",
-                "drafters": None if mode == PLAIN else mode,
-                "node_budget": None if mode == PLAIN else named[mode].budget,
-                "generation": (replace(generation, rounds=[]) if mode == PLAIN else generation).to_row(),
-                "pieces": token_texts(target.tokenizer, generation.token_ids),
+                "mode": PLAIN if mode.name == PLAIN else "speculative",
+                "drafters": None if mode.name == PLAIN else mode.name,
+                "engine": mode.engine,
+                "against": mode.against,
+                "node_budget": mode.node_budget,
+                "generation": (replace(generation, rounds=[]) if mode.name == PLAIN else generation).to_row(),
+                "first_token_ms": round(found.first_token_ms, 3),
+                "pieces": token_texts(target.tokenizer, ids),
                 "origins": found.origins,
                 "depths": found.depths,
+                "correct": correct,
                 "conditions": dict(conditions),
             }
-            if mode != PLAIN:
-                outcome = equality.check(
-                    target, asked.ids, plain.token_ids, generation.token_ids, sampling, asked.id
-                ).to_row()
-                if target.dtype in equality.HALF:
-                    ids = generation.token_ids
-                    outcome["far_tokens"] = equality.teacher_forced(target, asked.ids, ids, sampling, asked.id)
-                row["equality"] = outcome
+            if mode.name != PLAIN:
+                row["equality"] = None
+                if mode.engine == "draftsmith" or not unit.temperature:
+                    same = equality.check(target, prompt, plain.token_ids, ids, sampling, asked.id).to_row()
+                    if target.dtype in equality.HALF and mode.engine == "draftsmith":
+                        same["far_tokens"] = equality.teacher_forced(target, prompt, ids, sampling, asked.id)
+                    row["equality"] = same
             yield row
-
-
-def _failure(asked: _Asked, problem: Exception, temperature: float | None) -> Row:
-    said = str(problem) if isinstance(problem, UserError) else f"{type(problem).__name__}: {problem}"
-    return {"set": asked.set, "id": asked.id, "prompt": asked.text, "temperature": temperature, "error": said}
 
 
 def _speeds(rows: Sequence[Row]) -> dict[str, float | str]:

@@ -74,6 +74,16 @@ def speedup_interval(
     return Interval(math.exp(interval.estimate), low, high)
 
 
+def ratio_interval(
+    numerators: Sequence[float], denominators: Sequence[float], *, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """A ratio of sums of positive numbers (Σ tokens ÷ Σ rounds) with an interval over prompts, one number for each."""
+    columns = np.stack([np.asarray(c, np.float64) for c in (numerators, denominators)], axis=1)
+    interval = paired_bootstrap(columns, lambda sums: np.log(ratio(sums)), seed=seed, level=level)
+    low, high = (None if end is None else math.exp(end) for end in (interval.low, interval.high))
+    return Interval(math.exp(interval.estimate), low, high)
+
+
 def paired_bootstrap(
     columns: ArrayLike,
     statistic: Statistic,

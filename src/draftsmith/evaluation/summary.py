@@ -11,11 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from draftsmith.decoding.trace import Generation
 from draftsmith.evaluation import metrics
-from draftsmith.evaluation.statistics import speedup_interval
+from draftsmith.evaluation.statistics import ratio_interval, speedup_interval
 from draftsmith.foundation import artefacts
 from draftsmith.foundation.errors import UserError
 
 SCHEMA = 1
+CONTEXTS = (0, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)  # tokens before a round
 
 
 class _Model(BaseModel):
@@ -44,6 +45,16 @@ class Lossless(_Model):
         return self.checked - self.equal - self.near_ties
 
 
+class ContextBucket(_Model):
+    """The rounds that began with so many tokens before them, prompt included."""
+
+    at_least: int = Field(ge=0)
+    below: int | None = None
+    rounds: int = Field(ge=1)
+    acceptance_length: float = Field(ge=1)
+    milliseconds_per_round: float
+
+
 class Result(_Model):
     """One set of prompts, at one temperature, with one composition of drafters."""
 
@@ -67,6 +78,16 @@ class Result(_Model):
     verify_ms: float | None = None
     rest_ms: float | None = None
     plain_token_ms: float | None = None
+    acceptance_length_low: float | None = None
+    acceptance_length_high: float | None = None
+    by_context: list[ContextBucket] | None = None
+    first_token_ms: float | None = None
+    plain_first_token_ms: float | None = None
+    graded: int | None = None
+    accuracy: float | None = None
+    plain_accuracy: float | None = None
+    engine: str | None = None
+    compared_with: str | None = None
 
 
 class StageTime(_Model):
@@ -125,6 +146,7 @@ def summarise(
         )
     columns = list(_totals(names, speculative, plain).values())
     interval = speedup_interval(*zip(*columns, strict=True), seed=seed)
+    low, high = _acceptance_interval(names, speculative, seed)
     looping = len(speculative) - len(metrics.without_loops(speculative))
     draft_ms, verify_ms, rest_ms = counts.split_per_round
     return Result(
@@ -148,6 +170,18 @@ def summarise(
         verify_ms=verify_ms,
         rest_ms=rest_ms,
         plain_token_ms=plain_counts.milliseconds_per_token,
+        acceptance_length_low=low,
+        acceptance_length_high=high,
+        by_context=[
+            ContextBucket(
+                at_least=start,
+                below=end,
+                rounds=inside.rounds,
+                acceptance_length=inside.acceptance_length,
+                milliseconds_per_round=inside.milliseconds_per_round,
+            )
+            for (start, end), inside in metrics.by_context(speculative, CONTEXTS).items()
+        ],
     )
 
 
@@ -238,6 +272,19 @@ def _totals(
         a, b = a + len(first.token_ids), b + first.total_ms / 1e3
         totals[name] = (a, b, c + len(second.token_ids), d + second.total_ms / 1e3)
     return totals
+
+
+def _acceptance_interval(
+    names: Sequence[Hashable], speculative: Sequence[Generation], seed: int
+) -> tuple[float | None, float | None]:
+    """95 % of the acceptance length over prompts; None for a single prompt."""
+    counts: dict[Hashable, metrics.Counts] = {}
+    for name, generation in zip(names, speculative, strict=True):
+        counts[name] = counts.get(name, metrics.Counts()) + metrics.count([generation])
+    # an answer of one token has no round and says nothing of them
+    tokens, rounds = zip(*((c.committed, c.rounds) for c in counts.values() if c.rounds), strict=True)
+    found = ratio_interval(tokens, rounds, seed=seed)
+    return found.low, found.high
 
 
 def _known(value: float) -> float | None:

@@ -1,0 +1,224 @@
+"""`draftsmith bench` on benchmarks: drafters by name, and others beside them, on prompts of known benchmarks."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from draftsmith import api
+from draftsmith.data.benchmarks import load_benchmark
+from draftsmith.data.conversations import Conversation
+from draftsmith.data.served import ServerOptions
+from draftsmith.decoding.composition import Composition, Single
+from draftsmith.decoding.growth import GrowthOptions
+from draftsmith.drafters.ngram import NgramDrafter, NgramOptions
+from draftsmith.evaluation import bench as benching
+from draftsmith.evaluation import measured, regressions
+from draftsmith.evaluation.bench import BenchOptions
+from draftsmith.evaluation.endpoint import EndpointMode
+from draftsmith.evaluation.measured import PLAIN
+from draftsmith.evaluation.modes import Mode
+from draftsmith.evaluation.peers import TRANSFORMERS, TransformersMode
+from draftsmith.evaluation.summary import Result, Summary, read_summary, result_table, write_summary
+from draftsmith.foundation import artefacts, console, provenance
+from draftsmith.foundation.errors import UserError
+from draftsmith.foundation.options import validate
+from draftsmith.pipeline import Run
+from draftsmith.target.model import HFTarget
+from draftsmith.target.vocabulary import VocabMap
+
+ROWS, SUMMARY = "bench.jsonl", "summary.json"
+LOOKUP, THEIR_LOOKUP, ASSISTED = "prompt-lookup", "transformers-prompt-lookup", "assisted"
+BASELINES = (LOOKUP, TRANSFORMERS, THEIR_LOOKUP, f"{ASSISTED}=FOLDER", "NAME=http://…")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line asks for, beside the recipe's own options of bench.
+
+    Attributes:
+        benchmarks: names or files, each may hold several, by commas.
+        drafters: `name=path` of a run or a drafter, or a path alone.
+        baselines: of `BASELINES`, each may hold several, by commas.
+        assistant_tokens: drafted by transformers' assistant in a round; None leaves it to transformers.
+        options: those of `BenchOptions` that were given.
+    """
+
+    benchmarks: Sequence[str]
+    drafters: Sequence[str] = ()
+    baselines: Sequence[str] = ()
+    assistant_tokens: int | None = None
+    options: Mapping[str, object] = field(default_factory=dict)
+
+
+def bench(run: Run, asked: Asked, out: Path, redo: bool = False) -> list[Result]:
+    """Measure, write `bench.jsonl`, `summary.json` and `provenance.json` into `out`, print the table.
+
+    Raises:
+        UserError: something that was asked for is not there; nothing could be measured.
+    """
+    given = {name: value for name, value in asked.options.items() if value is not None}
+    options = validate(BenchOptions, {**run.recipe.bench.model_dump(), **given}, "the command line")
+    names = _split(asked.benchmarks)
+    sets = {_set_name(name): load_benchmark(name) for name in names}
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file: --out wants a folder")
+    target = run.target
+    drafters = _drafters(run, asked.drafters)
+    compositions = {name: composition(target, name, path) for name, path in drafters.items()}
+    modes = peers(target, asked.baselines, asked.assistant_tokens, compositions)
+    if not compositions and not modes:
+        raise UserError("nothing is measured beside plain decoding: give --drafters or --baselines")
+    conditions = {
+        "sets": {name: _digest(found) for name, found in sets.items()},
+        "drafters": {name: _identity(Path(path)) for name, path in drafters.items()},
+        "baselines": _split(asked.baselines),
+        "assistant_tokens": asked.assistant_tokens,
+    }
+    if redo:
+        for file in (out / ROWS, measured.failures(out / ROWS)):
+            file.unlink(missing_ok=True)
+    rows = benching.bench(target, compositions, sets, options, out / ROWS, conditions, modes)
+    results = benching.results(rows, options.seed)
+    write_summary(out / SUMMARY, Summary(schema=1, results=results))
+    facts = {"Target": f"{run.recipe.target.name} ({target.spec.dtype})", "Prompts": ", ".join(sets)}
+    artefacts.write_json(out / "provenance.json", {**provenance.collect(), "facts": facts})
+    columns, table = result_table(results)
+    console.table("Same target and prompts, by turns", columns, table)
+    for line in accuracy(results):
+        console.say(line)
+    console.say(f"numbers: {out / SUMMARY}; rows: {out / ROWS}; a page: draftsmith report {out}")
+    return results
+
+
+def against(results: Sequence[Result], before: Path) -> bool:
+    """Compare with an earlier summary; say what has become worse. True where nothing has.
+
+    Raises:
+        UserError: it is no summary, or has no result in common.
+    """
+    found = regressions.compare(results, read_summary(before).results)
+    for name in found.missing:
+        console.warn(f"{before} has {name}, which was not measured now")
+    for line in found.open:
+        console.warn(line)
+    for line in found.worse:
+        console.error(line)
+    if not found.worse:
+        console.say(f"no regression against {before} ({found.compared} compared)")
+    return not found.worse
+
+
+def stage_results(folder: Path) -> list[Result]:
+    """What the run's own bench stage measured."""
+    return [Result.model_validate(row) for row in artefacts.read_json(folder / "bench" / "results.json")]
+
+
+def numbers(text: str | None) -> list[float] | None:
+    """`"0,1"` → `[0.0, 1.0]`."""
+    if text is None:
+        return None
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--temperatures {text}: write numbers with commas between, such as 0,1") from None
+
+
+def refuse_without_benchmark(asked: Asked, out: Path | None) -> None:
+    """Options that only `--benchmark` reads are refused where there is none: the stage has the recipe's."""
+    given = [f"--{name.replace('_', '-')}" for name, value in asked.options.items() if value is not None]
+    given += ["--drafters"] * bool(asked.drafters) + ["--baselines"] * bool(asked.baselines) + ["--out"] * bool(out)
+    if given:
+        raise UserError(
+            f"{given[0]} belongs to --benchmark; the run's own bench is set in the recipe, for instance "
+            "bench.prompts=30, bench.temperatures=[0,1]"
+        )
+
+
+def composition(target: HFTarget, name: str, path: str) -> Composition:
+    """Who drafts under a name: the drafter of a run (with its tree), or one by its folder."""
+    made = api.load(target, drafters=path).composition
+    assert made is not None
+    return made
+
+
+def peers(
+    target: HFTarget, baselines: Sequence[str], assistant_tokens: int | None, compositions: dict[str, Composition]
+) -> list[Mode]:
+    """The others to measure; draftsmith's own prompt lookup is a composition and joins those."""
+    wanted = _split(baselines)
+    servers = [one.partition("=")[0] for one in wanted if "://" in one]
+    modes: list[Mode] = []
+    theirs = any(one == THEIR_LOOKUP or one.startswith(f"{ASSISTED}=") for one in wanted)
+    if theirs and TRANSFORMERS not in wanted:
+        wanted.insert(0, TRANSFORMERS)  # what they are compared with
+    for one in wanted:
+        name, equals, value = one.partition("=")
+        if one == LOOKUP:
+            vocab = VocabMap.identity(target.spec.vocab_size)
+            drafter = NgramDrafter(NgramOptions(guess=False), vocab)
+            compositions[LOOKUP] = Single(drafter, GrowthOptions().build())
+        elif one == TRANSFORMERS:
+            modes.append(TransformersMode(TRANSFORMERS, target))
+        elif one == THEIR_LOOKUP:
+            modes.append(TransformersMode(THEIR_LOOKUP, target, lookup=True))
+        elif name == ASSISTED and equals and value:
+            modes.append(TransformersMode(ASSISTED, target, assistant=value, draft_tokens=assistant_tokens))
+        elif "://" in one:
+            label, url = (name, value) if equals and "://" not in name else ("server", one)
+            # a server without speculation, called NAME-plain, is what NAME is compared with
+            base = f"{label}-plain" if f"{label}-plain" in servers else PLAIN
+            modes.append(EndpointMode(label, validate(ServerOptions, {"url": url}, one), target, base))
+        elif one != PLAIN:
+            raise UserError(f"there is no baseline {one!r}: choose {', '.join(BASELINES)}")
+    return modes
+
+
+def accuracy(results: Sequence[Result]) -> list[str]:
+    """A sentence for each set whose answers were graded."""
+    return [
+        f"{regressions.label(r)}: {r.accuracy:.1%} of {r.graded} answers are right, {r.plain_accuracy:.1%} of "
+        f"{r.compared_with}'s"
+        for r in results
+        if r.graded and r.accuracy is not None and r.plain_accuracy is not None
+    ]
+
+
+def _drafters(run: Run, given: Sequence[str]) -> dict[str, str]:
+    if not given:
+        return {"drafter": str(run.folder)} if (run.folder / "drafter" / artefacts.MANIFEST).is_file() else {}
+    found: dict[str, str] = {}
+    for one in given:
+        name, equals, path = one.partition("=")
+        name, path = (name, path) if equals else (Path(one).name, one)
+        if not name or not path:
+            raise UserError(f"--drafters {one}: write name=path, or a path")
+        if name in found:
+            raise UserError(f"--drafters {one}: there is another drafter called {name}; give it a name: other={path}")
+        found[name] = path
+    return found
+
+
+def _split(given: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(part.strip() for one in given for part in one.split(",") if part.strip()))
+
+
+def _set_name(benchmark: str) -> str:
+    path = Path(benchmark)
+    return path.stem if path.exists() else benchmark
+
+
+def _digest(conversations: Sequence[Conversation]) -> str:
+    digest = hashlib.sha256()
+    for conversation in conversations:
+        digest.update(repr((conversation.id, conversation.messages)).encode())
+    return digest.hexdigest()[:16]
+
+
+def _identity(path: Path) -> dict[str, object]:
+    """What tells a drafter, and a run's tree, from others of the same path."""
+    folder = path / "drafter" if (path / "drafter").is_dir() else path
+    growth = api.run_growth(path).model_dump(mode="json") if folder != path else None
+    return {"checksum": artefacts.checksum(folder), "growth": growth}
