@@ -160,6 +160,8 @@ def bench(
         assistant_tokens,
         {**given, "temperatures": measuring.numbers(temperatures)},
     )
+    if benchmark and plan:
+        raise UserError("--plan tells of a run's stages; there is none for --benchmark")
     if benchmark:
         results = measuring.bench(stage.opened(run, recipe, assigned), wanted, out or run / "benchmarks", redo)
     else:
@@ -218,6 +220,18 @@ def import_(
     from draftsmith.commands import handover
 
     handover.bring_in(folder, out, target, setting or [])
+
+
+@app.command()
+def doctor(
+    target: Annotated[str | None, typer.Option(help="Also say what this target needs.")] = None,
+    run: Annotated[Path, typer.Option("--run", help="Where runs would be written: whose disk is looked at.")] = Path(),
+) -> None:
+    """Say what is here, what a target needs, what will not work and how to mend it. Exit code 1: something will not."""
+    from draftsmith.commands.doctor import doctor as examine
+
+    if not examine(target, run):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from draftsmith.data.conversations import Conversation
 from draftsmith.data.served import ServerOptions
 from draftsmith.decoding.composition import Composition, Single
 from draftsmith.decoding.growth import GrowthOptions
+from draftsmith.drafters import standalone
 from draftsmith.drafters.ngram import NgramDrafter, NgramOptions
 from draftsmith.evaluation import bench as benching
 from draftsmith.evaluation import measured, regressions
@@ -165,7 +166,7 @@ def peers(
         elif one == THEIR_LOOKUP:
             modes.append(TransformersMode(THEIR_LOOKUP, target, lookup=True))
         elif name == ASSISTED and equals and value:
-            modes.append(TransformersMode(ASSISTED, target, assistant=value, draft_tokens=assistant_tokens))
+            modes.append(TransformersMode(ASSISTED, target, assistant=_assistant(value), draft_tokens=assistant_tokens))
         elif "://" in one:
             label, url = (name, value) if equals and "://" not in name else ("server", one)
             # a server without speculation, called NAME-plain, is what NAME is compared with
@@ -184,6 +185,13 @@ def accuracy(results: Sequence[Result]) -> list[str]:
         for r in results
         if r.graded and r.accuracy is not None and r.plain_accuracy is not None
     ]
+
+
+def _assistant(given: str) -> Path:
+    """A standalone draft as a folder that transformers loads: given as such, as a drafter, or as its run."""
+    path = Path(given)
+    places = (path / "drafter" / standalone.FOLDER, path / standalone.FOLDER)
+    return next((place for place in places if place.is_dir()), path)
 
 
 def _drafters(run: Run, given: Sequence[str]) -> dict[str, str]:

@@ -218,9 +218,10 @@ def eagle(counts: Counts) -> float:
     return _ratio(counts.committed, counts.rounds - counts.answers_with_rounds)
 
 
-def sfdd(counts: Counts) -> float:
-    """SFDD's ℓ: accepted drafted tokens of a round, τ - 1. (`result.py` divides by EAGLE's idx, too.)"""
-    return counts.acceptance_length - 1
+def sfdd(counts: Counts, by_idx: bool = False) -> float:
+    """SFDD's ℓ: accepted drafted tokens of a round, τ - 1; `by_idx` as its `result.py` has it, which divides by EAGLE's
+    idx and so comes out too large."""
+    return (eagle(counts) if by_idx else counts.acceptance_length) - 1
 
 
 def adaspec(counts: Counts) -> float:

@@ -72,6 +72,7 @@ def test_conversions_by_hand() -> None:
     assert metrics.sglang(counts) == 13 / 5
     assert metrics.eagle(counts) == 12 / (2 + 1)  # idx ends at 2 and at 1
     assert metrics.sfdd(counts) == pytest.approx(7 / 5)
+    assert metrics.sfdd(counts, by_idx=True) == 12 / (2 + 1) - 1
     assert metrics.adaspec(counts) == 7 / (7 + 2)  # refused at depth 1, and at depth 3
     assert metrics.specforge(counts.acceptance_by_depth) == pytest.approx(3 / 4 + 3 / 4 + 3 / 8)
     assert metrics.hass(SPECULATIVE) == pytest.approx((7 / 3 + 5 / 2) / 2)
