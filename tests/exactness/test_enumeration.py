@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.decoding import verification
-from draftsmith.decoding.composition import Single
+from draftsmith.decoding.composition import Composition, Single
 from draftsmith.decoding.engine import Engine
 from draftsmith.decoding.growth import ChainGrowth, DynamicGrowth, Growth
 from draftsmith.decoding.tree import DraftTree
@@ -54,11 +55,15 @@ class Forced:
 
 
 def forced_probabilities(
-    monkeypatch: pytest.MonkeyPatch, growth: Growth, sampling: Sampling, tails: list[list[int]]
+    monkeypatch: pytest.MonkeyPatch,
+    growth: Growth | Callable[[list[list[int]]], Composition],
+    sampling: Sampling,
+    tails: list[list[int]],
 ) -> tuple[dict[tuple[int, ...], float], Counter[int]]:
     """The probability with which the engine commits each text `FIRST + tail`, given the prompt and FIRST.
 
-    All texts are decoded in one batch. A text that is met at an end token stands for all that begin with it.
+    All texts are decoded in one batch, by an oracle with this growth or by a composition made of the texts. A text that
+    is met at an end token stands for all that begin with it.
     """
     target = tiny_target("llama", V, torch.float64)
     texts = [[*PROMPT, FIRST, *tail] for tail in tails]
@@ -84,8 +89,11 @@ def forced_probabilities(
     verification_walk = verification.walk
     monkeypatch.setattr(sampling_module, "draw", recorder.draw)
     monkeypatch.setattr(verification, "walk", walk)
-    drafter = OracleDrafter(texts, 0.5, VocabMap.identity(V))
-    found = Engine(target, Single(drafter, growth)).generate([PROMPT] * batch, sampling, 1 + len(tails[0]))
+    if callable(growth):
+        composition = growth(texts)
+    else:
+        composition = Single(OracleDrafter(texts, 0.5, VocabMap.identity(V)), growth)
+    found = Engine(target, composition).generate([PROMPT] * batch, sampling, 1 + len(tails[0]))
     probabilities: dict[tuple[int, ...], float] = {}
     for b, generation in enumerate(found):
         written = generation.token_ids

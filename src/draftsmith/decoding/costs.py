@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from draftsmith.decoding.tree import DraftTree, pruned
 from draftsmith.foundation.artefacts import read_json
 from draftsmith.foundation.errors import UserError
 
@@ -29,6 +31,23 @@ def best_sizes(values: Tensor, round_ms: Sequence[float]) -> Tensor:
     most = min(len(round_ms) - 1, values.shape[1])
     expected = torch.nn.functional.pad(values[:, :most].double().cumsum(1), (1, 0)) + 1
     return (expected / torch.tensor(round_ms[: most + 1], dtype=torch.float64, device=values.device)).argmax(dim=1)
+
+
+def affordable(tree: DraftTree, round_ms: Sequence[float], room: Tensor | None = None) -> DraftTree:
+    """Of each tree the likeliest nodes, as many as `best_sizes` says; each sequence decides for itself.
+
+    Args:
+        round_ms: milliseconds of a round of 0 … K nodes.
+        room: as in `pruned`.
+    """
+    value = tree.log_q.masked_fill(~tree.real, -torch.inf)
+    if room is not None:
+        value = value.masked_fill(tree.depths > room[:, None], -torch.inf)
+    order = value.sort(dim=1, descending=True, stable=True)
+    size = best_sizes(order.values.exp(), round_ms)
+    surplus = torch.arange(tree.size, device=value.device) >= size[:, None]
+    kept = torch.empty_like(value).scatter_(1, order.indices, order.values.masked_fill(surplus, -torch.inf))
+    return pruned(replace(tree, log_q=kept), len(round_ms) - 1)
 
 
 def stored_round_costs(

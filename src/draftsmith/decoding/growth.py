@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 from torch import Tensor
 
-from draftsmith.decoding.costs import best_sizes, stored_round_costs
+from draftsmith.decoding.costs import affordable, stored_round_costs
 from draftsmith.decoding.shapes import STATIC_15, Level, Paths, checked, levels
 from draftsmith.decoding.stopping import EntropyStop, Remembered, acceptance_bound, committed, fresh
 from draftsmith.decoding.tree import DraftTree, pruned
@@ -290,12 +290,7 @@ class CostAwareGrowth:
 
     def grow(self, drafter: Drafter, state: Any, proposal: Proposal, limits: Limits) -> DraftTree:
         tree = _dynamic(drafter, state, proposal, self.depth, self.width, limits)
-        value = tree.log_q.masked_fill(tree.depths > limits.room[:, None], -torch.inf)
-        order = value.sort(dim=1, descending=True, stable=True)
-        size = best_sizes(order.values.exp(), self.round_ms)
-        surplus = torch.arange(tree.size, device=value.device) >= size[:, None]
-        kept = torch.empty_like(value).scatter_(1, order.indices, order.values.masked_fill(surplus, -torch.inf))
-        return pruned(replace(tree, log_q=kept), self.budget, limits.room)
+        return affordable(tree, self.round_ms, limits.room)
 
 
 def _dynamic(drafter: Drafter, state: Any, proposal: Proposal, depth: int, width: int, limits: Limits) -> DraftTree:
