@@ -21,6 +21,7 @@ from draftsmith.foundation.options import Options
 
 Scope = Literal["micro-batch", "sample", "running"]
 Normalise = Literal["kept", "all"]
+Keep = Literal["share", "positive"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,18 +33,26 @@ class RowFacts:
         flatness: `[N]` float32, the target's flatness at each row.
         reference_losses: `[N]` float32, the same loss of a reference drafter.
         survival: `[N]` float32, the probability that all that was drafted before this row is accepted.
+        judged: `[N]` float32, the drafter's own loss that is to be compared with the reference's, where it is not the
+            one that is trained.
+        places: `[N]` int64, at which position of its sample a row is taught: where its reference's loss is stored.
     """
 
     samples: Tensor | None = None
     flatness: Tensor | None = None
     reference_losses: Tensor | None = None
     survival: Tensor | None = None
+    judged: Tensor | None = None
+    places: Tensor | None = None
 
 
 class TokenWeights(Protocol):
-    """The seam of every objective. `needs` names the facts that must be there beside `samples`."""
+    """The seam of every objective."""
 
-    needs: ClassVar[tuple[str, ...]]
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The facts that must be there beside `samples`."""
+        ...
 
     def __call__(self, losses: Tensor, facts: RowFacts, step: int) -> Tensor:
         """Weights `[N]` float32 without gradient for losses `[N]`; `step` counts unrolled steps from 0."""
@@ -118,6 +127,31 @@ def prefix_survival(acceptances: Tensor, *, smoothing: float = 0.0) -> Tensor:
     return torch.cat([torch.ones_like(reached[..., :1]), reached[..., :-1]], dim=-1)
 
 
+def chain_survival(acceptances: Tensor, counted: Tensor, depth: int) -> Tensor:
+    """How likely a chain reaches each token of a text: (1 / K) Σ_{j<K} Π_{1≤i≤j} α_{t−i}, for chains of K tokens.
+
+    A token is the j-th of a round after its first if the j before it were accepted, and any of the K places is as
+    likely as another before anything is known. It is 1 where all before it is sure, 1/K behind a token that is never
+    accepted: there a round always begins anew.
+
+    Args:
+        acceptances: `[..., L]` Σ min(p, q) at each row.
+        counted: `[..., L]` bool, rows that a chain may stand on; a chain does not reach over the others.
+        depth: K.
+
+    Returns:
+        `[..., L]` float32.
+    """
+    before = torch.nn.functional.pad((acceptances.detach() * counted).float()[..., :-1], (1, 0))
+    reached = torch.ones_like(before)
+    total = reached.clone()
+    for _ in range(1, depth):
+        # reached_j(t) = α_{t−1} · reached_{j−1}(t − 1)
+        reached = before * torch.nn.functional.pad(reached[..., :-1], (1, 0))
+        total = total + reached
+    return total / depth
+
+
 @dataclass(frozen=True)
 class Uniform:
     """Plain training."""
@@ -149,36 +183,72 @@ class DeltaLoss:
         scope: among which rows: those of the micro-batch (the authors' code), of each sample (eq. 10), or all so far:
             "running" compares with a moving average of the micro-batches' thresholds.
         normalise: see `mask_weights`; eq. 10 is "kept", the code "all".
+        keep: "share": the fraction of largest ΔL; "positive": every row with ΔL > 0, however many: k follows the
+            drafter. `fraction` and `scope` don't count then.
+        anneal: share of the training over which k falls from 1 to `fraction`, in a straight line; 0: k is constant.
         momentum: of the running threshold.
+        survival: whether kept rows count as often as decoding would reach them, too (`RowFacts.survival`).
         thresholds: the running threshold of each unrolled step: the state, to be saved with a checkpoint.
+        progress: share of the training that is done, told by whoever trains; for `anneal`.
     """
 
-    needs: ClassVar[tuple[str, ...]] = ("reference_losses",)
     fraction: float = 0.4
     scope: Scope = "micro-batch"
     normalise: Normalise = "kept"
+    keep: Keep = "share"
+    anneal: float = 0.0
     momentum: float = 0.9
+    survival: bool = False
     thresholds: dict[int, float] = field(default_factory=dict)
+    progress: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 < self.fraction <= 1.0:
             raise UserError(f"delta-loss: fraction must be above 0 and at most 1, not {self.fraction}")
-        for name, allowed in (("scope", get_args(Scope)), ("normalise", get_args(Normalise))):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"delta-loss: {name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}")
+        choices = (("scope", Scope), ("normalise", Normalise), ("keep", Keep))
+        for name, allowed in choices:
+            if getattr(self, name) not in get_args(allowed):
+                there = ", ".join(get_args(allowed))
+                raise UserError(f"delta-loss: {name} must be one of {there}, not {getattr(self, name)!r}")
         if not 0.0 <= self.momentum < 1.0:
             raise UserError(f"delta-loss: momentum must be at least 0 and below 1, not {self.momentum}")
+        if not 0.0 <= self.anneal <= 1.0:
+            raise UserError(f"delta-loss: anneal must be from 0 to 1, not {self.anneal}")
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("reference_losses", "survival") if self.survival else ("reference_losses",)
 
     def __call__(self, losses: Tensor, facts: RowFacts, step: int) -> Tensor:
-        excess = losses.detach() - _needed(facts.reference_losses, "reference_losses").detach()
+        own = losses if facts.judged is None else facts.judged
+        excess = own.detach() - _needed(facts.reference_losses, "reference_losses").detach()
         if not len(excess):
             return uniform_weights(excess)
+        weights = self._mask(excess, facts, step)
+        if self.survival:
+            weights = weights * _needed(facts.survival, "survival").detach().float()
+        return weights
+
+    @property
+    def current(self) -> float:
+        """k now."""
+        if self.progress >= self.anneal:
+            return self.fraction
+        return 1.0 + (self.fraction - 1.0) * self.progress / self.anneal
+
+    def _mask(self, excess: Tensor, facts: RowFacts, step: int) -> Tensor:
+        if self.keep == "positive":
+            return mask_weights(excess > 0, self.normalise)
         if self.scope == "micro-batch":
-            return mask_weights(largest(excess, self.fraction), self.normalise)
+            return mask_weights(largest(excess, self.current), self.normalise)
         if self.scope == "running":
-            return mask_weights(excess >= self._moved(excess, step), self.normalise)
+            # with k = 1 all count, also what lies below the average of the smallest
+            kept = (
+                excess >= self._moved(excess, step) if self.current < 1.0 else torch.ones_like(excess, dtype=torch.bool)
+            )
+            return mask_weights(kept, self.normalise)
         samples = _needed(facts.samples, "samples")
-        mask = largest(excess, self.fraction, samples)
+        mask = largest(excess, self.current, samples)
         if self.normalise == "all":
             return mask.float()
         # each sample keeps its own share of the loss
@@ -188,7 +258,7 @@ class DeltaLoss:
         return mask.float() * share
 
     def _moved(self, excess: Tensor, step: int) -> float:
-        here = float(torch.quantile(excess.double(), 1.0 - self.fraction))
+        here = float(torch.quantile(excess.double(), 1.0 - self.current))
         before = self.thresholds.get(step, here)
         self.thresholds[step] = self.momentum * before + (1.0 - self.momentum) * here
         return self.thresholds[step]
@@ -215,7 +285,7 @@ NAMES = tuple(_BY_NAME)
 """The token weights that `by_name` knows."""
 
 
-def by_name(name: str, **options: float | str | None) -> TokenWeights:
+def by_name(name: str, **options: float | str | bool | None) -> TokenWeights:
     """Token weights by their name, with options: `by_name("delta-loss", fraction=0.4, scope="sample")`.
 
     Raises:
@@ -226,7 +296,7 @@ def by_name(name: str, **options: float | str | None) -> TokenWeights:
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise UserError(f"no token weights are called {name!r}{hint} There are {', '.join(NAMES)}")
     kind: Callable[..., TokenWeights] = _BY_NAME[name]
-    known = [option.name for option in fields(_BY_NAME[name]) if option.name != "thresholds"]
+    known = [option.name for option in fields(_BY_NAME[name]) if option.name not in ("thresholds", "progress")]
     for option in options:
         if option not in known:
             there = ", ".join(known) or "none"
@@ -252,6 +322,15 @@ class WeightOptions(Options):
         default=None, description="kept: mean over what is kept; all: over all rows (delta-loss)"
     )
     momentum: float | None = Field(default=None, description="of the running threshold (delta-loss)")
+    keep: Keep | None = Field(
+        default=None, description="share: the fraction; positive: all that is worse than the reference (delta-loss)"
+    )
+    anneal: float | None = Field(
+        default=None, description="share of the training over which the fraction falls from 1 (delta-loss)"
+    )
+    survival: bool | None = Field(
+        default=None, description="kept rows count as often as decoding reaches them, too (delta-loss)"
+    )
 
     @model_validator(mode="after")
     def _its_own(self) -> Self:

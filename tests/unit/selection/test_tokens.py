@@ -15,6 +15,7 @@ from draftsmith.selection.tokens import (
     RowFacts,
     TokenWeights,
     by_name,
+    chain_survival,
     flatness_weights,
     kept_count,
     largest,
@@ -156,3 +157,77 @@ def test_wrong_names_options_and_missing_facts_are_refused() -> None:
     for weights, name in cases:
         with pytest.raises(UserError, match=f"need {name} of each row"):
             weights(rand(2), RowFacts(), 0)
+
+
+@pytest.mark.parametrize("scope", ["micro-batch", "sample", "running"])
+@pytest.mark.parametrize("normalise", ["kept", "all"])
+@pytest.mark.parametrize("fraction", [0.1, 0.4, 0.75])
+def test_delta_loss_equals_explicit_loops(scope: str, normalise: str, fraction: float) -> None:
+    """AdaSPEC's rule spelled out row by row (eq. 7 to 10 and the authors' `utils.py`), over three micro-batches."""
+    weights = DeltaLoss(fraction=fraction, scope=scope, normalise=normalise, momentum=0.8)  # type: ignore[arg-type]
+    threshold: float | None = None
+    for batch in range(3):
+        losses, reference = rand(37, seed=batch), rand(37, seed=100 + batch)
+        samples = torch.tensor([(7 * i + batch) % 4 for i in range(37)]).sort().values
+        found = weights(losses, RowFacts(samples=samples, reference_losses=reference), 0)
+        excess = [float(a) - float(b) for a, b in zip(losses, reference, strict=True)]
+        groups = [list(range(37))]
+        if scope == "sample":
+            groups = [[i for i in range(37) if samples[i] == s] for s in range(4)]
+        want = [0.0] * 37
+        for rows in groups:
+            ordered = sorted(excess[i] for i in rows)
+            place = (1 - fraction) * (len(rows) - 1)
+            low = int(place)
+            high = min(low + 1, len(rows) - 1)
+            quantile = ordered[low] + (place - low) * (ordered[high] - ordered[low])
+            if scope == "running":
+                threshold = quantile if threshold is None else 0.8 * threshold + 0.2 * quantile
+                quantile = threshold
+            kept = [i for i in rows if excess[i] >= quantile - 1e-7]
+            for i in kept:
+                want[i] = len(rows) / len(kept) if normalise == "kept" else 1.0
+        torch.testing.assert_close(found, torch.tensor(want))
+
+
+def test_all_that_is_worse_than_the_reference_is_kept_where_asked() -> None:
+    losses, reference = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 1.0, 5.0, 3.9])
+    facts = RowFacts(reference_losses=reference)
+    weights = by_name("delta-loss", keep="positive")
+    torch.testing.assert_close(weights(losses, facts, 0), torch.tensor([0.0, 2.0, 0.0, 2.0]))
+    assert by_name("delta-loss", keep="positive", normalise="all")(losses, facts, 0).tolist() == [0, 1, 0, 1]
+    assert weights(reference, facts, 0).tolist() == [0.0] * 4
+
+
+def test_the_kept_fraction_falls_in_a_straight_line() -> None:
+    weights = DeltaLoss(fraction=0.4, anneal=0.5)
+    facts = RowFacts(reference_losses=torch.zeros(101))
+    counts = []
+    for progress in (0.0, 0.25, 0.5, 1.0):
+        weights.progress = progress
+        counts.append(int((weights(rand(101), facts, 0) > 0).sum()))
+    assert counts == [kept_count(101, k) for k in (1.0, 0.7, 0.4, 0.4)] == [101, 71, 41, 41]
+
+
+def test_kept_rows_count_as_often_as_they_are_reached_where_asked() -> None:
+    losses, survival = torch.tensor([3.0, 1.0, 2.0, 0.0, 5.0]), torch.tensor([0.5, 0.9, 0.25, 1.0, 1.0])
+    facts = RowFacts(reference_losses=torch.zeros(5), survival=survival)
+    weights = DeltaLoss(fraction=0.5, normalise="all", survival=True)
+    assert weights(losses, facts, 0).tolist() == [0.5, 0.0, 0.25, 0.0, 1.0]
+    assert set(weights.needs) == {"reference_losses", "survival"}
+    assert DeltaLoss().needs == ("reference_losses",)
+
+
+@settings(max_examples=60, deadline=None)
+@given(length=st.integers(1, 12), depth=st.integers(1, 5), seed=st.integers(0, 1000))
+def test_chain_survival_is_the_mean_over_the_places_of_a_chain(length: int, depth: int, seed: int) -> None:
+    acceptances, counted = rand(length, seed=seed), rand(length, seed=seed + 1) < 0.7
+    found = chain_survival(acceptances, counted, depth)
+    for t in range(length):
+        total = 0.0
+        for begun in range(depth):
+            reached = 1.0
+            for back in range(1, begun + 1):
+                reached *= float(acceptances[t - back]) if t >= back and counted[t - back] else 0.0
+            total += reached
+        assert float(found[t]) == pytest.approx(total / depth, abs=1e-6)
