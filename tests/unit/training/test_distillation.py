@@ -182,7 +182,7 @@ def test_stored_losses_of_a_reference_come_back_at_their_rows(samples: FeatureSt
 
 
 def test_a_divergence_of_one_is_no_overlap(samples: FeatureStore) -> None:
-    """Total variation of a draft that can't write what the target would is 1: the mass outside its vocabulary is lost."""
+    """Mass outside the draft vocabulary is lost overlap: a draft of three tokens can't come near."""
     never = VocabMap(torch.tensor([0, 1, 2]), VOCAB)
     found = term(objective(tiny_draft("llama", 3, never), "tv"), [[samples[0], samples[1]]])
     assert float(found.values.detach().min()) > 0.3

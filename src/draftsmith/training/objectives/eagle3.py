@@ -104,5 +104,4 @@ class Eagle3Objective:
             flatness=None if log_norm is None else flatness_from_log_norm(log_norm[row, taught], vocab_size),
             reference_losses=None if reference is None else reference[row, taught],
             survival=None if survival is None else survival[row, start],
-            places=batch.unroll.positions[row, taught],
         )
