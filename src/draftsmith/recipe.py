@@ -96,7 +96,18 @@ class TuneOptions(Options):
 class ExportOptions(Options):
     """Hand-over."""
 
-    to: tuple[Literal["vllm", "sglang", "speculators", "gguf"], ...] = ("vllm",)
+    to: tuple[Literal["vllm", "sglang", "speculators", "transformers", "gguf"], ...] = Field(
+        default=("vllm",), description="servers that a run ends with a folder for"
+    )
+    tokens: int = Field(
+        default=3, ge=1, description="speculative tokens in the commands of servers that draft chains (vLLM, llama.cpp)"
+    )
+    target_id: str | None = Field(
+        default=None, description="the target's public name, for cards and commands; default: target.name"
+    )
+    keep_rope: bool = Field(
+        default=False, description="export a head whose rotary embedding is not the target's as it is"
+    )
 
 
 class Recipe(Options):

@@ -7,13 +7,19 @@ stay random, at a size at which they change some of its proposals, so that RoPE,
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
+from draftsmith.decoding.engine import Engine
 from draftsmith.drafters.eagle3 import Eagle3, eagle3_options
 from draftsmith.export.checkpoint import HeadCheckpoint, TargetCard, rope_parameters
+from draftsmith.export.served import endless
 from draftsmith.target.model import HFTarget
 from draftsmith.target.protocol import FeatureSpec
 from draftsmith.target.vocabulary import VocabMap
@@ -93,3 +99,106 @@ def eagle(target: HFTarget, folder: str, texts: Sequence[Sequence[int]]) -> Head
     config = {name: getattr(options, name) for name in names} | {"attention_bias": False, "fc_bias": False}
     assert rope_parameters(config) == dict(card(target, folder).rope)
     return HeadCheckpoint("eagle", config, tensors, VocabMap.identity(target.spec.vocab_size), card(target, folder))
+
+
+def with_rolled_fc(head: Eagle3) -> Eagle3:
+    """The same head reading its auxiliary layers in another order: what a server makes of ids gone wrong."""
+    out = Eagle3(head.options, head.vocab, head.embedding)
+    weights = dict(head.state_dict())
+    weights["fc.weight"] = weights["fc.weight"].roll(head.options.target_hidden_size, dims=1)
+    out.load_state_dict(weights)
+    return out.eval().requires_grad_(False)
+
+
+def coarse(folder: Path, out: Path, bits: int = 4) -> Path:
+    """A target's folder with the weights of its layers rounded to few bits a row: a draft that is often right."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    levels = 2 ** (bits - 1) - 1
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2 and "layers." in name:
+                step = weight.abs().amax(dim=1, keepdim=True) / levels
+                weight.copy_((weight / step).round() * step)
+    model.save_pretrained(out)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(folder / name, out / name)
+    return out
+
+
+def standalone_accepts(draft: HFTarget, setting: Any, chain: int) -> list[int]:
+    """Accepted tokens of each plain answer with a chain of a standalone draft, from one teacher-forced pass each.
+
+    A drafted token counts only if all before it were accepted, so each was drafted behind the answer's own tokens: the
+    chain that starts at t accepts as many as the draft's first choices from t on agree with the text.
+    """
+    out = []
+    on = endless(setting.target)
+    for prompt, answer in zip(setting.prompts, setting.plain, strict=True):
+        (more,) = Engine(on).generate([[*prompt, *answer]], max_new_tokens=chain + 2)
+        text = [*prompt, *answer, *more.token_ids]
+        hidden = draft.read(torch.tensor([text]), [len(text)], FeatureSpec())["final"]
+        agrees = (draft.project(hidden)[0, :-1].argmax(-1) == torch.tensor(text[1:])).tolist()
+        out.append(walk(agrees, len(prompt), len(answer), chain))
+    return out
+
+
+def walk(agrees: Sequence[bool], prompt: int, answer: int, chain: int) -> int:
+    """Accepted tokens of chains over an answer; `agrees[t]`: the token after t is the one that would be drafted."""
+    written, accepted = 1, 0
+    while written < answer:
+        depth = 0
+        while depth < chain and agrees[prompt + written - 1 + depth]:
+            depth += 1
+        accepted += depth
+        written += depth + 1
+    return accepted
+
+
+def eagle_accepts(head: HeadCheckpoint, setting: Any, chain: int) -> list[int]:
+    """Accepted tokens of each plain answer with a chain of an EAGLE head, by the formula: no cache, no engine."""
+    target, on = setting.target, endless(setting.target)
+    out = []
+    for prompt, answer in zip(setting.prompts, setting.plain, strict=True):
+        (more,) = Engine(on).generate([[*prompt, *answer]], max_new_tokens=chain + 2)
+        text = [*prompt, *answer, *more.token_ids]
+        states = target.read(torch.tensor([text]), [len(text)], FeatureSpec())["final"][0]
+        written, accepted = 1, 0
+        while written < len(answer):
+            known = len(prompt) + written
+            tokens, features = list(text[1:known]), states[: known - 1]
+            depth = 0
+            while depth < chain:
+                last = eagle_rows(head, target.embedding[torch.tensor(tokens)].float(), features)[-1:]
+                token = int(target.project(last).argmax())
+                if token != text[known + depth]:
+                    break
+                depth += 1
+                tokens, features = [*tokens, token], torch.cat([features, last])
+            accepted += depth
+            written += depth + 1
+        out.append(accepted)
+    return out
+
+
+def eagle_rows(head: HeadCheckpoint, embeddings: Tensor, features: Tensor) -> Tensor:
+    """EAGLE's layer (2401.15077, §3.1) over rows (embedding of the next token, state): `[n, H]`, plain causal."""
+    c, w = head.config, head.tensors
+    rows, d = len(features), c["head_dim"]
+    angles = torch.arange(rows)[:, None] * c["rope_theta"] ** (-torch.arange(0, d, 2) / d)
+    cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
+
+    def heads(name: str, turned: bool) -> Tensor:
+        x = (inputs @ w[f"layers.0.self_attn.{name}.weight"].T).unflatten(1, (-1, d)).transpose(0, 1)
+        return x * cos + torch.cat([-x[..., d // 2 :], x[..., : d // 2]], dim=-1) * sin if turned else x
+
+    inputs = torch.cat([embeddings, features], dim=1) @ w["fc.weight"].T
+    groups = c["num_attention_heads"] // c["num_key_value_heads"]
+    k, v = (heads(*which).repeat_interleave(groups, 0) for which in (("k_proj", True), ("v_proj", False)))
+    scores = heads("q_proj", True) @ k.transpose(1, 2) / d**0.5
+    mixed = scores.masked_fill(~torch.ones(rows, rows).tril().bool(), -torch.inf).softmax(-1) @ v
+    x = inputs + mixed.transpose(0, 1).flatten(1) @ w["layers.0.self_attn.o_proj.weight"].T
+    normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + c["rms_norm_eps"])
+    normed = normed * w["layers.0.post_attention_layernorm.weight"]
+    gate, up = (normed @ w[f"layers.0.mlp.{name}_proj.weight"].T for name in ("gate", "up"))
+    out: Tensor = x + (torch.nn.functional.silu(gate) * up) @ w["layers.0.mlp.down_proj.weight"].T
+    return out

@@ -73,11 +73,23 @@ def report(folder: Path, name: str | None, overrides: Sequence[str]) -> None:
     console.say(f"report: {finish.report(run)}")
 
 
-def export(folder: Path, name: str | None, overrides: Sequence[str], servers: Sequence[str]) -> None:
-    """Export the run's drafter."""
+def export(
+    folder: Path,
+    name: str | None,
+    overrides: Sequence[str],
+    servers: Sequence[str],
+    push: str | None = None,
+    private: bool = True,
+) -> None:
+    """Export the run's drafter, into the run's folder or, where `push` names a repository, onto the hub."""
     run = opened(folder, name, overrides)
     _benched(run)
-    finish.export(run, servers)
+    if push is None:
+        finish.export(run, servers)
+    elif len(servers) != 1:
+        raise UserError("--push: a repository holds one export: give one --to")
+    else:
+        finish.publish(run, servers[0], push, private)
 
 
 def _benched(run: Run) -> None:

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from draftsmith.decoding.growth import GrowthOptions, StaticGrowth
 from draftsmith.drafters.base import Frontier
 from draftsmith.drafters.checkpoint import Saved
 from draftsmith.drafters.eagle3 import Eagle3, Eagle3Options
-from draftsmith.export.checkpoint import Golden, HeadCheckpoint, TargetCard
+from draftsmith.export.checkpoint import Golden, HeadCheckpoint, Serving, TargetCard
 from draftsmith.export.validate import Forward
 from draftsmith.foundation.errors import UserError
 from draftsmith.foundation.options import validate
@@ -46,6 +47,16 @@ def head_checkpoint(head: Saved, card: TargetCard) -> HeadCheckpoint:
     return HeadCheckpoint("eagle3", head.options.model_dump(mode="json"), tensors, head.vocab, card)
 
 
+def serving(growth: GrowthOptions, tokens: int) -> Serving:
+    """The numbers of a growth as servers name them; `tokens` for those that draft chains."""
+    built = growth.build()
+    if isinstance(built, StaticGrowth):
+        width = 1 + max(rank for path in built.paths for rank in path)
+        return Serving(tokens, built.depth, width, built.budget)
+    width = 1 if growth.kind in ("chain", "adaedl") else growth.width
+    return Serving(tokens, growth.depth, width, built.budget)
+
+
 def golden(head: Saved) -> Golden:
     """A stored forward pass of a head in float32: random features and tokens, two drafted nodes, and what came out."""
     head = _eagle3(head)
@@ -70,6 +81,19 @@ def forward(head: Eagle3, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         token = inputs["drafted"][:, depth - 1 : depth]
         rows.append(copy.expand(state, Frontier(token, torch.tensor([[parent]]), depth)).log_q[0])
     return {"log_q": torch.cat(rows)}
+
+
+def drafter_of(checkpoint: HeadCheckpoint, target: HFTarget, where: str) -> Eagle3:
+    """A checkpoint that `import_checkpoint` read, as a drafter in float32; `where` names it in errors.
+
+    Raises:
+        UserError: a head that is not decoded here, or options that do not fit it.
+    """
+    if checkpoint.kind != "eagle3":
+        raise UserError(f"{where}: an EAGLE-1/2 or HASS head; this version decodes EAGLE-3 heads only")
+    head = Eagle3(validate(Eagle3Options, dict(checkpoint.config), where), checkpoint.vocab, target.embedding.float())
+    head.load_state_dict(dict(checkpoint.tensors))
+    return head.to(target.device).eval().requires_grad_(False)
 
 
 def checker(embedding: Tensor) -> Forward:

@@ -170,12 +170,14 @@ class Extras:
         serving: the numbers in the commands.
         keep_rope: write the head's own RoPE though the target's is another (a head imported from elsewhere, trained
             so).
+        published_as: the hub id under which the folder will be found; the card's commands then name it, not the folder.
     """
 
     facts: Mapping[str, object] = field(default_factory=dict)
     golden: Golden | None = None
     serving: Serving = Serving()
     keep_rope: bool = False
+    published_as: str | None = None
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ def export(drafter: Drafter, server: str, folder: Path, extras: Extras = PLAIN) 
     """
     if server not in SERVERS:
         raise UserError(f"--to {server}: unknown; the servers are {', '.join(SERVERS)}")
-    if "eagle-" in folder.name.lower() and getattr(drafter, "kind", "") == "eagle3":
+    name = extras.published_as or folder.name
+    if "eagle-" in name.lower() and getattr(drafter, "kind", "") == "eagle3":
         raise UserError(
-            f"{folder.name}: vLLM takes a path with 'eagle-' in it for EAGLE-1 where no method is named; choose "
-            "another folder name"
+            f"{name}: vLLM takes a path with 'eagle-' in it for EAGLE-1 where no method is named; choose another name"
         )
     return SERVERS[server](drafter, folder, extras)

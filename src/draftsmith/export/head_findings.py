@@ -252,10 +252,13 @@ def _rope_findings(flat: Mapping[str, Any], target: TargetCard | None) -> list[F
             return [Finding("rope_parameters", text, "write the same in all three, as the head was trained")]
     if target is None or not target.rope or own == dict(target.rope):
         return []
+    kept = (flat.get("draftsmith") or {}).get("own_rope")
     return [
         Finding(
             "rope_parameters",
-            f"the head's RoPE is {own}, the target's {dict(target.rope)}",
+            f"the head's RoPE is {own}, the target's {dict(target.rope)}"
+            + (", and was meant to be kept so" if kept else ""),
             "write the target's (rope_theta, rope_scaling and rope_parameters) if the head was trained with it",
+            "warning" if kept else "error",
         )
     ]

@@ -69,6 +69,7 @@ def import_checkpoint(
     overrides: Mapping[str, object] | None = None,
     embeddings: Tensor | None = None,
     lm_head: Tensor | None = None,
+    keep_rope: bool = True,
 ) -> HeadCheckpoint:
     """Read a head from a folder of any of the known makes.
 
@@ -79,6 +80,7 @@ def import_checkpoint(
             …).
         embeddings: the target's `[V, H]`; a stored copy is compared with it and dropped.
         lm_head: the target's `[V, H]`, for EAGLE-3 heads stored without one.
+        keep_rope: take a head whose rotary embedding is not the target's, as it is; otherwise it is refused.
 
     Raises:
         UserError: unreadable, not a head, a tensor missing, extra or of another shape, a broken map, ambiguous layer
@@ -126,6 +128,12 @@ def import_checkpoint(
         _refuse_other_target(head, vocab, target, folder)
         own = rope_parameters(head)
         if own != dict(target.rope):
+            if not keep_rope:
+                raise UserError(
+                    f"{folder / 'config.json'}: rope_parameters: {own}, the target's are {dict(target.rope)}. Many "
+                    "public heads were trained with such defaults: if this one was, import it with --keep-rope; if its "
+                    "configuration merely lacks the field, say it (--set rope_theta=…)"
+                )
             notes.append(f"its RoPE {own} is not the target's {dict(target.rope)}: it was trained so, and keeps it")
     return HeadCheckpoint(kind, head, stored, vocab, card, tuple(notes))
 

@@ -7,6 +7,7 @@ The EAGLE-3 folder is portable: vLLM, SGLang and llama.cpp read the same one. EA
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ FORMAT = 1
 GOLDEN = "draftsmith/golden.safetensors"
 
 
-def record(head: HeadCheckpoint, server: str) -> dict[str, object]:
+def record(head: HeadCheckpoint, server: str, extras: Extras) -> dict[str, object]:
     """What an export adds to `config.json` under `draftsmith`: servers ignore it, `check` and `import` read it."""
     out: dict[str, object] = {
         "format": FORMAT,
@@ -33,7 +34,10 @@ def record(head: HeadCheckpoint, server: str) -> dict[str, object]:
         "target": {"name": head.target.name, "fingerprint": head.target.fingerprint},
         "vocabulary": head.vocab.digest,
         "vocabulary_filled": head.vocab.filled,
+        "serving": asdict(extras.serving),
     }
+    if extras.keep_rope and dict(head.target.rope) != rope_parameters(head.config):
+        out["own_rope"] = True
     if head.auxiliary_layers:
         out["auxiliary_boundaries"] = list(head.auxiliary_layers)
     return out
@@ -51,8 +55,7 @@ def layer_config(head: HeadCheckpoint, extras: Extras) -> dict[str, object]:
         raise UserError(
             f"rope_parameters: the head was trained with {own}, its target {target.name} has {dict(target.rope)}; "
             "they should be the same. Train the head with the target's, or, if it was trained so elsewhere, keep its "
-            "own "
-            "with --keep-rope"
+            "own with export.keep_rope=true"
         )
     theta, scaling = split_rope(own)
     return {
@@ -95,7 +98,7 @@ def eagle3_config(head: HeadCheckpoint, server: str, extras: Extras) -> dict[str
             "use_aux_hidden_state": True,
             "eagle_aux_hidden_state_layer_ids": nested,
         },
-        "draftsmith": record(head, server),
+        "draftsmith": record(head, server, extras),
     }
 
 
@@ -150,9 +153,9 @@ def write(
     notes: tuple[str, ...] = (),
 ) -> Exported:
     """Write the folder (configuration, weights, golden output, card, manifest) as one artefact of kind `export`."""
-    commands = serving.commands(server, head.kind, head.target, folder, extras.serving)
+    commands = serving.commands(server, head.kind, head.target, folder, extras)
     exported = Exported(folder, server, commands, (*head.notes, *notes))
-    meta = {key: value for key, value in record(head, server).items() if key != "format"}
+    meta = {key: value for key, value in record(head, server, extras).items() if key != "format"}
     with writing(folder, "export", meta) as scratch:
         write_json(scratch / "config.json", config)
         save_tensors(scratch / "model.safetensors", tensors, {"format": "pt"})

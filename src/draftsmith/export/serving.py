@@ -8,16 +8,20 @@ import json
 import shlex
 from pathlib import Path
 
-from draftsmith.export.checkpoint import Serving, TargetCard
+from draftsmith.export.checkpoint import Extras, Serving, TargetCard
 
 
-def commands(server: str, kind: str, target: TargetCard, folder: Path, numbers: Serving) -> tuple[str, ...]:
+def commands(server: str, kind: str, target: TargetCard, folder: Path, extras: Extras) -> tuple[str, ...]:
     """Shell commands (or Python, for transformers) for a drafter.
 
     Args:
         server: `vllm`, `sglang`, `speculators`, `transformers` or `gguf`.
         kind: `eagle`, `eagle3` or `standalone`.
+        folder: where it is, unless `extras` says where it will be published.
     """
+    numbers, published = extras.serving, extras.published_as
+    if published:
+        folder = Path(published)
     if server == "vllm":
         return (_vllm(kind, target, folder, numbers),)
     if server == "speculators":
@@ -25,6 +29,9 @@ def commands(server: str, kind: str, target: TargetCard, folder: Path, numbers: 
     if server == "sglang":
         return (_sglang(kind, target, folder, numbers),)
     if server == "gguf":
+        if published:
+            fetch = f"hf download {shlex.quote(published)} --local-dir {shlex.quote(folder.name)}"
+            return (fetch, *_llama_cpp(kind, target, Path(folder.name), numbers))
         return _llama_cpp(kind, target, folder, numbers)
     return (_transformers(target, folder, numbers),)
 

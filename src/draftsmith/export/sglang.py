@@ -66,6 +66,6 @@ def _eagle(head: HeadCheckpoint, folder: Path, extras: Extras) -> Exported:
         # `bias: true` would give its *attention* uninitialised biases (srt/models/llama.py reads it beside
         # attention_bias).
         "bias": False,
-        "draftsmith": native.record(head, "sglang"),
+        "draftsmith": native.record(head, "sglang", extras),
     }
     return native.write(folder, "sglang", head, config, {**head.tensors, "fc.bias": bias}, extras)

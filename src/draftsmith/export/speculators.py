@@ -64,7 +64,7 @@ def export(drafter: Drafter, folder: Path, extras: Extras = PLAIN) -> Exported:
         "eagle_aux_hidden_state_layer_ids": list(head.auxiliary_layers),
         "tie_word_embeddings": False,
         "torch_dtype": head.dtype,
-        "draftsmith": native.record(head, "speculators"),
+        "draftsmith": native.record(head, "speculators", extras),
     }
     tensors = {
         name.replace("midlayer.", "layers.0.", 1) if name.startswith("midlayer.") else name: tensor

@@ -62,7 +62,7 @@ def copy(draft: StandaloneDraft, folder: Path, server: str, extras: Extras) -> E
             f"vocab_size is {vocab_size} in the draft and {draft.target.vocab_size} in the target {draft.target.name}: "
             "a draft of another vocabulary is not exported; draft with a model of the target's own family"
         )
-    commands = serving.commands(server, "standalone", draft.target, folder, extras.serving)
+    commands = serving.commands(server, "standalone", draft.target, folder, extras)
     exported = Exported(folder, server, commands)
     names = [name for name in (*_BESIDE, INDEX) if (draft.folder / name).is_file()]
     target = {"name": draft.target.name, "fingerprint": draft.target.fingerprint}

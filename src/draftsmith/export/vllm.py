@@ -45,7 +45,7 @@ def _eagle(head: HeadCheckpoint, folder: Path, extras: Extras) -> Exported:
         "architectures": ["EagleLlamaForCausalLM"],
         **native.layer_config(head, extras),
         "bias": False,
-        "draftsmith": native.record(head, "vllm"),
+        "draftsmith": native.record(head, "vllm", extras),
     }
     tensors = {name: tensor for name, tensor in head.tensors.items() if name != "fc.bias"}
     return native.write(folder, "vllm", head, config, tensors, extras)

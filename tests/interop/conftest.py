@@ -1,0 +1,69 @@
+"""What all real servers are asked: the same prompts of the same target, and vLLM's own plain answers to them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from draftsmith.data.benchmarks import load_benchmark
+from draftsmith.drafters.eagle3 import Eagle3
+from draftsmith.export.adapter import drafter_of
+from draftsmith.export.checkpoint import HeadCheckpoint
+from draftsmith.export.import_ import import_checkpoint
+from draftsmith.target import chat, gguf
+from draftsmith.target.model import HFTarget, load_target
+from tests.interop import fitted
+from tests.interop.servers import PROMPTS, by_vllm, vllm_python
+
+DRAFT_VOCABULARY = 4096
+OWN = [
+    "A baker makes 12 loaves an hour for 3 hours and sells 20 of them. How many loaves are left?",
+    "Tom has 5 boxes with 8 pencils each. He gives away 13 pencils. How many does he have now?",
+    "A train travels 60 miles in 1.5 hours. What is its speed in miles per hour?",
+    "Lena reads 15 pages a day. How many days does she need for a book of 240 pages?",
+    "A shirt costs $24 and is sold at half the price. What do three shirts cost?",
+    "There are 30 pupils in a class, 18 of them girls. How many boys are there?",
+    "What is the capital of France, and what is it known for?",
+    "Name three things that float on water.",
+]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Target, prompts as token ids, and the server's own answers without speculation (`ids`)."""
+
+    folder: str
+    target: HFTarget
+    prompts: list[list[int]]
+    plain: list[list[int]]
+    work: Path
+
+    @property
+    def texts(self) -> list[list[int]]:
+        return [prompt + answer for prompt, answer in zip(self.prompts, self.plain, strict=True)]
+
+
+@pytest.fixture(scope="session")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    vllm_python()
+    folder = os.environ.get("DRAFTSMITH_INTEROP_TARGET") or str(gguf.convert(gguf.smollm2(), gguf.cache_root()))
+    target = load_target(folder, dtype="float32", device="cpu")
+    texts = OWN
+    if os.environ.get("DRAFTSMITH_DATA"):
+        texts = [c.messages[0].content for c in load_benchmark("gsm8k", PROMPTS)]
+    prompts = [chat.prompt_ids(target.tokenizer, [{"role": "user", "content": text}]) for text in texts[:PROMPTS]]
+    work = tmp_path_factory.mktemp("servers")
+    plain = by_vllm(work, "plain", folder, None, prompts)["answers"]
+    return Setting(folder, target, prompts, [answer["ids"] for answer in plain], work)
+
+
+@pytest.fixture(scope="session")
+def eagle3(setting: Setting) -> tuple[Eagle3, HeadCheckpoint]:
+    """A trained head (`DRAFTSMITH_INTEROP_HEAD`, any folder that `check` reads), or one fitted to the answers."""
+    if given := os.environ.get("DRAFTSMITH_INTEROP_HEAD"):
+        checkpoint = import_checkpoint(Path(given), fitted.card(setting.target, setting.folder))
+        return drafter_of(checkpoint, setting.target, given), checkpoint  # type: ignore[return-value]
+    return fitted.eagle3(setting.target, setting.folder, setting.texts, DRAFT_VOCABULARY)
