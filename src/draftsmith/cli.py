@@ -201,6 +201,19 @@ def export(
 
 
 @app.command()
+def tokens(
+    run: RunFolder = RUN,
+    recipe: RecipeName = None,
+    overrides: Overrides = None,
+    most: Annotated[int, typer.Option(min=1, max=16, help="The longest chain that is looked at.")] = 6,
+) -> None:
+    """How many speculative tokens a server of chains (vLLM, llama.cpp) should draft: what each accepts and costs."""
+    from draftsmith.commands import stage
+
+    stage.tokens(run, recipe, overrides or [], most)
+
+
+@app.command()
 def check(
     folder: Annotated[Path, typer.Argument(help="A checkpoint folder of any known make.")],
     target: Annotated[str, typer.Option(help="What it drafts for.")] = "smollm2",

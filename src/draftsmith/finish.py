@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -10,17 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from draftsmith.data.features import FeatureStore
+from draftsmith.decoding import profile
+from draftsmith.decoding.composition import Single
+from draftsmith.decoding.growth import ChainGrowth
 from draftsmith.drafters.checkpoint import load_drafter
+from draftsmith.evaluation import metrics
+from draftsmith.evaluation.replayed import replay
 from draftsmith.evaluation.report.report import write_report
 from draftsmith.evaluation.summary import Result, StageTime, Summary, read_summary, result_table, write_summary
 from draftsmith.export import hand_over
-from draftsmith.export.adapter import golden, head_checkpoint, serving, target_card
-from draftsmith.export.checkpoint import Drafter, Exported, Extras
+from draftsmith.export.adapter import exportable, golden, serving, target_card
+from draftsmith.export.chains import Chain, best, chains
+from draftsmith.export.checkpoint import Drafter, Exported, Extras, HeadCheckpoint
 from draftsmith.export.push import check_id, push
 from draftsmith.foundation import artefacts, console, provenance
 from draftsmith.foundation.errors import UserError
 from draftsmith.numerics.distributions import flatness_from_log_norm
-from draftsmith.stages import chosen_growth, read_selection
+from draftsmith.stages import chosen_growth, dev_by_set, read_selection, stored_features
 from draftsmith.target.detokenise import token_texts
 
 if TYPE_CHECKING:
@@ -83,10 +90,11 @@ def facts(run: Run, public: bool = False) -> dict[str, object]:
     if public and o.data.path and Path(o.data.path).exists():
         asked = Path(o.data.path).name
     answers = "the file's own answers" if o.data.keep_answers else "answers by the target"
+    drafter = artefacts.opened(run.path("train"), "drafter", checksums=False)["drafter"]
     return {
         "data": f"{asked}; {answers}; {len(selection.kept)} samples kept by {o.select.method}, "
         f"{selection.tokens_kept} answer tokens",
-        "training": f"EAGLE-3, {o.drafter.draft_vocab_size} draft tokens, {training['steps']} steps, best checkpoint "
+        "training": f"{drafter}, {o.drafter.draft_vocab_size} draft tokens, {training['steps']} steps, best checkpoint "
         f"at {training['best_step']}",
         "training_cost": {
             name: f"{seconds:.0f} s" for name, seconds in run.seconds().items() if name not in ("bench", NAME)
@@ -175,12 +183,42 @@ def publish(run: Run, server: str, hub_id: str, private: bool = True) -> str:
     return address
 
 
+def speculative_tokens(run: Run, most: int) -> list[Chain]:
+    """Chains of 0 to `most` tokens: acceptance by replay of the dev answers, costs of this engine on this machine."""
+    target = run.target
+    drafter = load_drafter(run.path("train"), target)
+    costs = artefacts.read_json(run.path("tune") / "profile.json")["verify_ms"]
+    answers = [answer for own in dev_by_set(run, stored_features(run)).values() for answer in own]
+    counts = metrics.count(replay(Single(drafter, ChainGrowth(most)), target.spec, answers))
+    alphas = [0.0 if math.isnan(alpha) else alpha for alpha in counts.acceptance_by_depth]
+    alphas = (alphas + [0.0] * most)[:most]
+    drafting = [profile.draft_cost(target, Single(drafter, ChainGrowth(k))) for k in range(1, most + 1)]
+    found = chains(alphas, {int(rows): ms for rows, ms in costs.items()}, drafting)
+    chosen = best(found)
+    console.table(
+        f"Chains on {len(answers)} dev answers, {counts.rounds} rounds: acceptance by replay, costs of this engine",
+        ["speculative tokens", "α of the last", "acceptance length", "round cost", "speed-up expected"],
+        [
+            [
+                c.tokens or "none",
+                f"{c.acceptance:.2f}" if c.tokens else None,
+                f"{c.acceptance_length:.2f}",
+                f"{c.round_cost:.2f}",
+                f"{c.speedup:.2f}" + (" <" if c is chosen else ""),
+            ]
+            for c in found
+        ],
+    )
+    return found
+
+
 def _handed_over(run: Run) -> tuple[Drafter, Extras]:
     """What exporters take: the run's drafter, with its target's card, and what goes beside the weights."""
     target, o = run.target, run.recipe
-    head = load_drafter(run.path("train"), target)
+    trained = load_drafter(run.path("train"), target)
     name = str(target.model.config.name_or_path) if o.target.name == "smollm2" else o.target.name
     card = target_card(target, o.export.target_id or name, "apache-2.0" if o.target.name == "smollm2" else "")
     numbers = serving(chosen_growth(run.folder), o.export.tokens)
-    extras = Extras(facts=facts(run), golden=golden(head), serving=numbers, keep_rope=o.export.keep_rope)
-    return head_checkpoint(head, card), extras
+    drafter = exportable(trained, run.path("train"), card)
+    stored = golden(drafter, target) if isinstance(drafter, HeadCheckpoint) else None
+    return drafter, Extras(facts=facts(run), golden=stored, serving=numbers, keep_rope=o.export.keep_rope)

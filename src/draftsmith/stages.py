@@ -288,7 +288,8 @@ def _dev(run: Run, store: FeatureStore, growth: GrowthOptions) -> Dev:
     return Dev(run.target.spec, answers, growth.build())
 
 
-def _dev_by_set(run: Run, store: FeatureStore) -> dict[str, list[StoredAnswer]]:
+def dev_by_set(run: Run, store: FeatureStore) -> dict[str, list[StoredAnswer]]:
+    """The dev answers of each set, to be replayed."""
     sets = {c.id: _set_of(c) for c in read_prompts(run, "dev")}
     answers: dict[str, list[StoredAnswer]] = {}
     for i in store.ids:
@@ -391,7 +392,7 @@ def tune(run: Run, out: Path, identity: Identity) -> None:
     """
     target = run.target
     head = load_drafter(run.path("train"), target)
-    answers = _dev_by_set(run, stored_features(run))
+    answers = dev_by_set(run, stored_features(run))
     costs = profile.verify_cost(target)
     rows: list[dict[str, Any]] = []
     with console.progress("trying draft trees on dev", len(run.recipe.tune.growths), "trees") as bar:

@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from draftsmith import recipe
+from draftsmith.commands import stage as commands
 from draftsmith.drafters.checkpoint import load_drafter
 from draftsmith.evaluation.summary import read_summary
 from draftsmith.export.adapter import checker, target_card
+from draftsmith.export.push import machine_paths
 from draftsmith.export.validate import check
 from draftsmith.foundation import artefacts
-from draftsmith.foundation.errors import StaleError
+from draftsmith.foundation.errors import StaleError, UserError
 from draftsmith.pipeline import STAGES
 from draftsmith.target.model import load_target
 from draftsmith.training import trainer
@@ -103,8 +105,36 @@ def test_the_report_and_the_export_are_usable(root: Path) -> None:
     target = load_target(root / "target", "float32")
     card = target_card(target, str(root / "target"))
     embeddings = target.embedding.float()
-    found = check(root / "run" / "export" / "vllm", card, embeddings=embeddings, forward=checker(embeddings))
+    found = check(root / "run" / "export" / "vllm", card, embeddings=embeddings, forward=checker(target))
     assert [str(finding) for finding in found if finding.severity == "error"] == []
+
+
+def test_how_many_tokens_to_serve_with(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    commands.tokens(root / "run", None, [], 3)
+    out = capsys.readouterr().out
+    rows = [line for line in out.splitlines() if "│" in line]
+    assert [row.split("│")[1].strip() for row in rows] == ["none", "1", "2", "3"]
+    assert "num_speculative_tokens" in out or "leave speculation off" in out
+
+
+def test_what_is_pushed_names_nothing_of_this_machine(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole run, to the hub's door: the target needs a public name, and then no file names a path."""
+    seen: dict[str, str] = {}
+
+    def push(folder: Path, hub_id: str, *, private: bool) -> str:
+        assert machine_paths(folder) == []
+        seen.update({path.name: path.read_text() for path in folder.iterdir() if path.suffix in (".md", ".json")})
+        return f"https://hub.example/{hub_id}?private={private}"
+
+    monkeypatch.setattr("draftsmith.finish.push", push)
+    with pytest.raises(UserError, match="export.target_id"):
+        commands.export(root / "run", None, [], ["vllm"], "me/drafter")
+    commands.export(root / "run", None, ["export.target_id=me/target"], ["vllm"], "me/drafter")
+    assert '"model": "me/drafter"' in seen["README.md"]
+    assert "vllm serve me/target" in seen["README.md"]
+    assert str(root) not in "".join(text for name, text in seen.items() if name != "provenance.json")
+    with pytest.raises(UserError, match="give one --to"):
+        commands.export(root / "run", None, [], ["vllm", "sglang"], "me/drafter")
 
 
 def test_running_it_again_does_nothing(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""What all real servers are asked: the same prompts of the same target, and vLLM's own plain answers to them."""
+"""What all real servers are asked: prompts of one target, what vLLM answers without speculation, and a head."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 from draftsmith.data.benchmarks import load_benchmark
-from draftsmith.drafters.eagle3 import Eagle3
+from draftsmith.decoding.engine import Engine
+from draftsmith.drafters.checkpoint import Saved
 from draftsmith.export.adapter import drafter_of
 from draftsmith.export.checkpoint import HeadCheckpoint
 from draftsmith.export.import_ import import_checkpoint
 from draftsmith.target import chat, gguf
 from draftsmith.target.model import HFTarget, load_target
 from tests.interop import fitted
-from tests.interop.servers import PROMPTS, by_vllm, vllm_python
+from tests.interop.servers import MAX_TOKENS, PROMPTS, by_vllm
 
 DRAFT_VOCABULARY = 4096
 OWN = [
@@ -33,37 +34,42 @@ OWN = [
 
 @dataclass(frozen=True)
 class Setting:
-    """Target, prompts as token ids, and the server's own answers without speculation (`ids`)."""
+    """The target, its folder, and prompts as token ids."""
 
     folder: str
     target: HFTarget
     prompts: list[list[int]]
-    plain: list[list[int]]
     work: Path
 
-    @property
-    def texts(self) -> list[list[int]]:
-        return [prompt + answer for prompt, answer in zip(self.prompts, self.plain, strict=True)]
+    def texts(self, answers: list[list[int]]) -> list[list[int]]:
+        """Prompts with their answers."""
+        return [prompt + answer for prompt, answer in zip(self.prompts, answers, strict=True)]
 
 
 @pytest.fixture(scope="session")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
-    vllm_python()
     folder = os.environ.get("DRAFTSMITH_INTEROP_TARGET") or str(gguf.convert(gguf.smollm2(), gguf.cache_root()))
     target = load_target(folder, dtype="float32", device="cpu")
     texts = OWN
     if os.environ.get("DRAFTSMITH_DATA"):
         texts = [c.messages[0].content for c in load_benchmark("gsm8k", PROMPTS)]
     prompts = [chat.prompt_ids(target.tokenizer, [{"role": "user", "content": text}]) for text in texts[:PROMPTS]]
-    work = tmp_path_factory.mktemp("servers")
-    plain = by_vllm(work, "plain", folder, None, prompts)["answers"]
-    return Setting(folder, target, prompts, [answer["ids"] for answer in plain], work)
+    return Setting(folder, target, prompts, tmp_path_factory.mktemp("servers"))
 
 
 @pytest.fixture(scope="session")
-def eagle3(setting: Setting) -> tuple[Eagle3, HeadCheckpoint]:
-    """A trained head (`DRAFTSMITH_INTEROP_HEAD`, any folder that `check` reads), or one fitted to the answers."""
+def plain(setting: Setting) -> list[list[int]]:
+    """vLLM's own greedy answers, without speculation."""
+    return [answer["ids"] for answer in by_vllm(setting.work, "plain", setting.folder, None, setting.prompts)["answers"]]
+
+
+@pytest.fixture(scope="session")
+def eagle3(setting: Setting) -> tuple[Saved, HeadCheckpoint]:
+    """A trained head (`DRAFTSMITH_INTEROP_HEAD`, any folder that `check` reads), or one fitted to our own answers."""
     if given := os.environ.get("DRAFTSMITH_INTEROP_HEAD"):
         checkpoint = import_checkpoint(Path(given), fitted.card(setting.target, setting.folder))
-        return drafter_of(checkpoint, setting.target, given), checkpoint  # type: ignore[return-value]
-    return fitted.eagle3(setting.target, setting.folder, setting.texts, DRAFT_VOCABULARY)
+    else:
+        answers = [Engine(setting.target).generate([p], max_new_tokens=MAX_TOKENS)[0] for p in setting.prompts]
+        texts = setting.texts([answer.token_ids for answer in answers])
+        checkpoint = fitted.eagle3(setting.target, setting.folder, texts, DRAFT_VOCABULARY)
+    return drafter_of(checkpoint, setting.target, "the head"), checkpoint

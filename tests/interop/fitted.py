@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from draftsmith.decoding.engine import Engine
 from draftsmith.drafters.eagle3 import Eagle3, eagle3_options
 from draftsmith.export.checkpoint import HeadCheckpoint, TargetCard, rope_parameters
-from draftsmith.export.served import endless
+from draftsmith.export.served import Endless
 from draftsmith.target.model import HFTarget
 from draftsmith.target.protocol import FeatureSpec
 from draftsmith.target.vocabulary import VocabMap
@@ -54,8 +54,8 @@ def card(target: HFTarget, folder: str) -> TargetCard:
 
 def eagle3(
     target: HFTarget, folder: str, texts: Sequence[Sequence[int]], draft_vocab: int
-) -> tuple[Eagle3, HeadCheckpoint]:
-    """A fitted EAGLE-3 head, and the same as a checkpoint; `folder` is the target's."""
+) -> HeadCheckpoint:
+    """A fitted EAGLE-3 head; `folder` is the target's."""
     counts = torch.bincount(torch.tensor([token for ids in texts for token in ids]), minlength=target.spec.vocab_size)
     vocab = VocabMap.from_counts(counts, draft_vocab, target.spec.eos_ids, target.spec.vocab_size)
     options = eagle3_options(target.model.config, target.spec, vocab.size, LAYERS)
@@ -67,9 +67,7 @@ def eagle3(
                 parameter.normal_(std=NOISE)
         head.fc.weight.copy_(ridge(*states(target, texts, FeatureSpec(LAYERS))))
         head.lm_head.weight.copy_(target.model.get_output_embeddings().weight[vocab.target_ids])
-    head = head.eval().requires_grad_(False)
-    config = options.model_dump()
-    return head, HeadCheckpoint("eagle3", config, head.state_dict(), vocab, card(target, folder))
+    return HeadCheckpoint("eagle3", options.model_dump(), head.state_dict(), vocab, card(target, folder))
 
 
 def eagle(target: HFTarget, folder: str, texts: Sequence[Sequence[int]]) -> HeadCheckpoint:
@@ -125,15 +123,15 @@ def coarse(folder: Path, out: Path, bits: int = 4) -> Path:
     return out
 
 
-def standalone_accepts(draft: HFTarget, setting: Any, chain: int) -> list[int]:
+def standalone_accepts(draft: HFTarget, setting: Any, answers: Sequence[Sequence[int]], chain: int) -> list[int]:
     """Accepted tokens of each plain answer with a chain of a standalone draft, from one teacher-forced pass each.
 
     A drafted token counts only if all before it were accepted, so each was drafted behind the answer's own tokens: the
     chain that starts at t accepts as many as the draft's first choices from t on agree with the text.
     """
     out = []
-    on = endless(setting.target)
-    for prompt, answer in zip(setting.prompts, setting.plain, strict=True):
+    on = Endless(setting.target)
+    for prompt, answer in zip(setting.prompts, answers, strict=True):
         (more,) = Engine(on).generate([[*prompt, *answer]], max_new_tokens=chain + 2)
         text = [*prompt, *answer, *more.token_ids]
         hidden = draft.read(torch.tensor([text]), [len(text)], FeatureSpec())["final"]
@@ -154,11 +152,11 @@ def walk(agrees: Sequence[bool], prompt: int, answer: int, chain: int) -> int:
     return accepted
 
 
-def eagle_accepts(head: HeadCheckpoint, setting: Any, chain: int) -> list[int]:
+def eagle_accepts(head: HeadCheckpoint, setting: Any, answers: Sequence[Sequence[int]], chain: int) -> list[int]:
     """Accepted tokens of each plain answer with a chain of an EAGLE head, by the formula: no cache, no engine."""
-    target, on = setting.target, endless(setting.target)
+    target, on = setting.target, Endless(setting.target)
     out = []
-    for prompt, answer in zip(setting.prompts, setting.plain, strict=True):
+    for prompt, answer in zip(setting.prompts, answers, strict=True):
         (more,) = Engine(on).generate([[*prompt, *answer]], max_new_tokens=chain + 2)
         text = [*prompt, *answer, *more.token_ids]
         states = target.read(torch.tensor([text]), [len(text)], FeatureSpec())["final"][0]

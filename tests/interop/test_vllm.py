@@ -17,6 +17,7 @@ import pytest
 
 from draftsmith.decoding.growth import ChainGrowth
 from draftsmith.drafters.base import Drafter
+from draftsmith.export.adapter import drafter_of
 from draftsmith.export.checkpoint import Extras, Serving, StandaloneDraft
 from draftsmith.export.hand_over import export
 from draftsmith.export.served import Asking, causes, compare, rounds_of
@@ -39,14 +40,14 @@ from tests.interop.servers import (
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(7200)]
 
 
-def judge(name: str, setting: Setting, served: Any, ours: Sequence[int]) -> None:
+def judge(name: str, plain: Sequence[Sequence[int]], served: Any, ours: Sequence[int]) -> None:
     """At least 28 of 30 answers equal vLLM's own without speculation; counts as ours over the same texts.
 
     Args:
-        ours: accepted drafts over each of the *plain* answers, counted as vLLM does; compared where the text is equal.
+        ours: accepted drafts over each of the plain answers, counted as vLLM does; compared where the text is equal.
     """
     answers = served["answers"]
-    same = [i for i, answer in enumerate(answers) if answer["ids"] == setting.plain[i]]
+    same = [i for i, answer in enumerate(answers) if answer["ids"] == plain[i]]
     accepted = [answer["counts"]["accepted_tokens"] for answer in answers]
     rounds = [answer["counts"]["drafts"] for answer in answers]
     off = [abs(accepted[i] - ours[i]) for i in same]
@@ -71,47 +72,50 @@ def judge(name: str, setting: Setting, served: Any, ours: Sequence[int]) -> None
     assert abs(there - here) <= max(1, 0.01 * here), found
 
 
-def ours(setting: Setting, drafter: Drafter) -> list[int]:
+def ours(setting: Setting, drafter: Drafter, plain: Sequence[Sequence[int]]) -> list[int]:
     """Accepted drafts of each plain answer in our engine's chain mode."""
-    rounds = rounds_of(setting.target, drafter, ChainGrowth(CHAIN), setting.prompts, setting.plain)
+    rounds = rounds_of(setting.target, drafter, ChainGrowth(CHAIN), setting.prompts, plain)
     return [sum(r.accepted for r in answer) for answer in rounds]
 
 
 @pytest.mark.parametrize("server", ["vllm", "speculators"])
-def test_eagle3(setting: Setting, eagle3: Any, server: str) -> None:
+def test_eagle3(setting: Setting, plain: Any, eagle3: Any, server: str) -> None:
     head, checkpoint = eagle3
     exported = export(checkpoint, server, setting.work / f"e3-{server}", Extras(serving=Serving(tokens=CHAIN)))
     assert check(exported.folder, checkpoint.target, embeddings=setting.target.embedding) == []
     speculative = {"method": "eagle3", "model": str(exported.folder), "num_speculative_tokens": CHAIN}
     served = by_vllm(setting.work, f"e3-{server}", setting.folder, speculative, setting.prompts)
-    judge(f"EAGLE-3 head, {server} format", setting, served, ours(setting, head))
+    judge(f"EAGLE-3 head, {server} format", plain, served, ours(setting, head, plain))
 
 
-def test_the_speculators_folder_alone(setting: Setting, eagle3: Any) -> None:
+def test_the_speculators_folder_alone(setting: Setting, plain: Any, eagle3: Any) -> None:
     """`vllm serve FOLDER`: target, method and tokens come from its configuration."""
     exported = export(eagle3[1], "speculators", setting.work / "alone", Extras(serving=Serving(tokens=CHAIN)))
     served = by_vllm(setting.work, "alone", str(exported.folder), None, setting.prompts[:2])
-    assert [a["ids"] for a in served["answers"]] == setting.plain[:2]
+    assert [a["ids"] for a in served["answers"]] == plain[:2]
     assert sum(a["counts"]["drafts"] for a in served["answers"]) > 0
 
 
-def test_eagle(setting: Setting) -> None:
-    checkpoint = fitted.eagle(setting.target, setting.folder, setting.texts)
+def test_eagle(setting: Setting, plain: Any) -> None:
+    """Fitted to the very answers; counts by our engine and by the formula, without cache or engine."""
+    checkpoint = fitted.eagle(setting.target, setting.folder, setting.texts(plain))
     exported = export(checkpoint, "vllm", setting.work / "e1")
     speculative = {"method": "eagle", "model": str(exported.folder), "num_speculative_tokens": CHAIN}
     served = by_vllm(setting.work, "e1", setting.folder, speculative, setting.prompts)
-    judge("EAGLE head", setting, served, fitted.eagle_accepts(checkpoint, setting, CHAIN))
+    accepts = ours(setting, drafter_of(checkpoint, setting.target, "the head"), plain)
+    assert accepts == fitted.eagle_accepts(checkpoint, setting, plain, CHAIN)
+    judge("EAGLE head", plain, served, accepts)
 
 
-def test_standalone(setting: Setting) -> None:
+def test_standalone(setting: Setting, plain: Any) -> None:
     """The target with weights of few bits as its draft: close, and not the same."""
     folder = fitted.coarse(Path(setting.folder), setting.work / "coarse")
     draft = StandaloneDraft(folder, fitted.card(setting.target, setting.folder))
     exported = export(draft, "vllm", setting.work / "draft")
     speculative = {"method": "draft_model", "model": str(exported.folder), "num_speculative_tokens": CHAIN}
     served = by_vllm(setting.work, "draft", setting.folder, speculative, setting.prompts)
-    accepts = fitted.standalone_accepts(load_target(folder, dtype="float32", device="cpu"), setting, CHAIN)
-    judge("standalone draft", setting, served, accepts)
+    accepts = fitted.standalone_accepts(load_target(folder, dtype="float32", device="cpu"), setting, plain, CHAIN)
+    judge("standalone draft", plain, served, accepts)
 
 
 def test_check_served(setting: Setting, eagle3: Any) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+from torch import nn
 
 from draftsmith.data.benchmarks import load_benchmark
 from draftsmith.data.prompts import make_prompts
@@ -42,7 +43,7 @@ def check(
     model = load_target(target, dtype=dtype)
     card = target_card(model, target)
     embeddings = model.embedding.detach().cpu()
-    found = findings_of(folder, card, embeddings=embeddings, forward=checker(embeddings.float()))
+    found = findings_of(folder, card, embeddings=embeddings, forward=checker(model))
     if served and not any(finding.severity == "error" for finding in found):
         found += _served(folder, model, target, served, prompts, limit, tokens)
     for finding in found:
@@ -61,7 +62,9 @@ def _served(
     lm_head = model.model.get_output_embeddings().weight.detach().cpu()
     card = target_card(model, target)
     found = import_.import_checkpoint(folder, card, embeddings=embeddings, lm_head=lm_head)
-    drafter = drafter_of(found, model, str(folder)).to(model.dtype)
+    drafter = drafter_of(found, model, str(folder))
+    assert isinstance(drafter, nn.Module)
+    drafter.to(model.dtype)
     asked = load_benchmark(prompts, limit) if prompts else make_prompts("word-problems", "test", limit, 0)
     ids = [chat.prompt_ids(model.tokenizer, conversation.messages) for conversation in asked]
     serving, promised = serving_of(read_config(folder))
@@ -78,8 +81,8 @@ def bring_in(folder: Path, out: Path, target: str, settings: Sequence[str], *, k
     """Make a drafter artefact of a public checkpoint.
 
     Raises:
-        UserError: not a checkpoint that can be recognised, an EAGLE-1/2 head (not decoded by this version), or another
-            rotary embedding than the target's without `keep_rope`.
+        UserError: not a checkpoint that can be recognised, or another rotary embedding than the target's without
+            `keep_rope`.
     """
     model = load_target(target)
     overrides: dict[str, object] = {}
@@ -104,5 +107,5 @@ def bring_in(folder: Path, out: Path, target: str, settings: Sequence[str], *, k
     with artefacts.writing(out, checkpoint.KIND, checkpoint.identity(head, model.spec.fingerprint)) as scratch:
         checkpoint.write(head, scratch)
     console.say(
-        f"{out}: an EAGLE-3 head for {model.spec.name}; `draftsmith.load(target, drafters={str(out)!r})` uses it"
+        f"{out}: an {head.LABEL} for {model.spec.name}; `draftsmith.load(target, drafters={str(out)!r})` uses it"
     )

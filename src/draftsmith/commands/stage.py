@@ -11,6 +11,7 @@ import yaml
 
 from draftsmith import finish
 from draftsmith import recipe as recipes
+from draftsmith.export.chains import best
 from draftsmith.foundation import artefacts, console
 from draftsmith.foundation.errors import UserError
 from draftsmith.pipeline import STAGES, Run
@@ -92,10 +93,28 @@ def export(
         finish.publish(run, servers[0], push, private)
 
 
+def tokens(folder: Path, name: str | None, overrides: Sequence[str], most: int) -> None:
+    """How many speculative tokens to give a server of chains."""
+    run = opened(folder, name, overrides)
+    for stage in STAGES:
+        _made(run, stage)
+        if stage == "tune":
+            break
+    chosen = best(finish.speculative_tokens(run, most))
+    if chosen.tokens:
+        console.say(f'"num_speculative_tokens": {chosen.tokens} would be fastest, were the costs of the server these')
+    else:
+        console.say("by these costs no chain pays: leave speculation off")
+
+
 def _benched(run: Run) -> None:
     for stage in STAGES:
-        if not run.made(stage):
-            raise UserError(f"{run.path(stage)} is missing: run `draftsmith {stage} --run {run.folder}` first")
+        _made(run, stage)
+
+
+def _made(run: Run, stage: str) -> None:
+    if not run.made(stage):
+        raise UserError(f"{run.path(stage)} is missing: run `draftsmith {stage} --run {run.folder}` first")
 
 
 def _write_recipe(run: Run) -> None:

@@ -57,6 +57,15 @@ class Saved(Drafter, Protocol):
 _KINDS: dict[str, type[Saved]] = {kind.KIND: kind for kind in (Eagle3, Eagle, Standalone)}
 
 
+def kind(name: object, where: str) -> type[Saved]:
+    """The drafters of a kind. UserError: there are none of this name, found in `where`."""
+    if (found := _KINDS.get(str(name))) is None:
+        raise UserError(
+            f"{where}: drafters of kind {name!r} are not known to this version, which knows {', '.join(_KINDS)}"
+        )
+    return found
+
+
 def write(drafter: Saved, scratch: Path, weights: Mapping[str, Tensor] | None = None) -> None:
     """Put a drafter's options and tensors into an artefact under way; `weights` stand in for its own of those names."""
     config = {"kind": drafter.KIND, "options": drafter.options.model_dump(mode="json")}
@@ -83,14 +92,8 @@ def load_drafter(folder: Path, target: HFTarget, dtype: torch.dtype | None = Non
     artefacts.opened(folder, KIND, {"target": target.spec.fingerprint}, checksums=checksums)
     where = folder / "config.json"
     config = artefacts.read_json(where)
-    kind = _KINDS.get(str(config.get("kind")))
-    if kind is None:
-        raise UserError(
-            f"{where}: drafters of kind {config.get('kind')!r} are not known to this version, which knows "
-            f"{', '.join(_KINDS)}"
-        )
     tensors = artefacts.load_tensors(folder / "model.safetensors")
-    drafter = kind.from_saved(config["options"], tensors, target, str(where))
+    drafter = kind(config.get("kind"), str(where)).from_saved(config["options"], tensors, target, str(where))
     assert isinstance(drafter, nn.Module)
     drafter.to(target.device, dtype or target.dtype).eval().requires_grad_(False)
     return drafter

@@ -1,23 +1,28 @@
-"""From draftsmith's own modules to what the exporters take: the head as a plain checkpoint, the target as a card."""
+"""From draftsmith's own modules to what the exporters take, and back: drafters as plain checkpoints, the target as a
+card.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from draftsmith.decoding.growth import GrowthOptions, StaticGrowth
+from draftsmith.drafters import checkpoint as saved
 from draftsmith.drafters.base import Frontier
 from draftsmith.drafters.checkpoint import Saved
-from draftsmith.drafters.eagle3 import Eagle3, Eagle3Options
-from draftsmith.export.checkpoint import Golden, HeadCheckpoint, Serving, TargetCard
+from draftsmith.export.checkpoint import Drafter, Golden, HeadCheckpoint, Kind, Serving, StandaloneDraft, TargetCard
 from draftsmith.export.validate import Forward
 from draftsmith.foundation.errors import UserError
-from draftsmith.foundation.options import validate
 from draftsmith.target.model import HFTarget
+from draftsmith.target.vocabulary import VocabMap
 
 GOLDEN_ROWS = 24
+STANDALONE_FOLDER = "model"  # of a standalone draft's artefact: the transformers folder
 
 
 def target_card(target: HFTarget, served_as: str, licence: str = "") -> TargetCard:
@@ -36,15 +41,50 @@ def target_card(target: HFTarget, served_as: str, licence: str = "") -> TargetCa
     )
 
 
+def exportable(drafter: Saved, folder: Path, card: TargetCard) -> Drafter:
+    """A trained drafter as the exporters take it; `folder` is its artefact.
+
+    Raises:
+        UserError: a kind that no server runs.
+    """
+    if drafter.KIND == "standalone":
+        return StandaloneDraft(folder / STANDALONE_FOLDER, card)
+    return head_checkpoint(drafter, card)
+
+
 def head_checkpoint(head: Saved, card: TargetCard) -> HeadCheckpoint:
     """A trained head as the exporters take it, in its own number format.
+
+    An EAGLE head proposes the whole vocabulary in servers: it multiplies with the target's own output embedding.
 
     Raises:
         UserError: it is no head.
     """
-    head = _eagle3(head)
-    tensors = {name: tensor.detach().cpu() for name, tensor in head.state_dict().items()}
-    return HeadCheckpoint("eagle3", head.options.model_dump(mode="json"), tensors, head.vocab, card)
+    tensors = {name: tensor.detach().cpu() for name, tensor in head.tensors().items() if name not in ("d2t", "t2d")}
+    config = head.options.model_dump(mode="json")
+    kinds: dict[str, Kind] = {"eagle": "eagle", "eagle3": "eagle3"}
+    if head.KIND not in kinds:
+        raise UserError(f"a drafter of kind {head.KIND} is no head, and can't be exported as one")
+    if head.KIND == "eagle":
+        vocab = VocabMap.identity(int(config["vocab_size"]))
+        config.pop("draft_vocab_size")
+        return HeadCheckpoint("eagle", config, tensors, vocab, card)
+    return HeadCheckpoint(kinds[head.KIND], config, tensors, head.vocab, card)
+
+
+def drafter_of(checkpoint: HeadCheckpoint, target: HFTarget, where: str) -> Saved:
+    """A checkpoint that `import_checkpoint` read, as a drafter in float32; `where` names it in errors.
+
+    Raises:
+        UserError: options that do not fit the head.
+    """
+    vocab = checkpoint.vocab
+    options = {**checkpoint.config, "draft_vocab_size": vocab.size}
+    tensors = {**checkpoint.tensors, "d2t": vocab.d2t, "t2d": vocab.t2d}
+    head = saved.kind(checkpoint.kind, where).from_saved(options, tensors, target, where)
+    assert isinstance(head, nn.Module)
+    head.to(target.device, torch.float32).eval().requires_grad_(False)
+    return head
 
 
 def serving(growth: GrowthOptions, tokens: int) -> Serving:
@@ -57,58 +97,38 @@ def serving(growth: GrowthOptions, tokens: int) -> Serving:
     return Serving(tokens, growth.depth, width, built.budget)
 
 
-def golden(head: Saved) -> Golden:
+def golden(checkpoint: HeadCheckpoint, target: HFTarget) -> Golden:
     """A stored forward pass of a head in float32: random features and tokens, two drafted nodes, and what came out."""
-    head = _eagle3(head)
+    head = drafter_of(checkpoint, target, "the head")
     generator = torch.Generator().manual_seed(0)
-    wide = len(head.options.auxiliary_layers) * head.options.target_hidden_size
+    wide = len(head.wants.names) * target.spec.hidden_size
     inputs = {
-        "tokens": torch.randint(0, head.options.vocab_size, (1, GOLDEN_ROWS + 1), generator=generator),
+        "tokens": torch.randint(0, target.spec.vocab_size, (1, GOLDEN_ROWS + 1), generator=generator),
         "features": torch.randn((1, GOLDEN_ROWS + 1, wide), generator=generator),
-        "drafted": torch.randint(0, head.options.vocab_size, (1, 2), generator=generator),
+        "drafted": torch.randint(0, target.spec.vocab_size, (1, 2), generator=generator),
     }
-    return Golden(inputs, forward(head, inputs))
+    return Golden(inputs, forward(head, inputs, target.device))
 
 
 @torch.inference_mode()
-def forward(head: Eagle3, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def forward(head: Saved, inputs: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The pass that `golden` stores: `log_q [3, Vd]` after the last token and after each of two tokens drafted on."""
-    copy = Eagle3(head.options, head.vocab, head.embedding.detach().cpu().float())
-    copy.load_state_dict({name: tensor.detach().cpu().float() for name, tensor in head.state_dict().items()})
+    copy = deepcopy(head)
+    assert isinstance(copy, nn.Module)
+    copy.float()
+    given = {name: tensor.to(device) for name, tensor in inputs.items()}
     state = copy.start(1, GOLDEN_ROWS + 4)
-    rows = [copy.observe(state, inputs["tokens"], inputs["features"], [inputs["tokens"].shape[1]]).log_q[0]]
+    rows = [copy.observe(state, given["tokens"], given["features"], [given["tokens"].shape[1]]).log_q[0]]
     for depth, parent in ((1, -1), (2, 0)):
-        token = inputs["drafted"][:, depth - 1 : depth]
-        rows.append(copy.expand(state, Frontier(token, torch.tensor([[parent]]), depth)).log_q[0])
-    return {"log_q": torch.cat(rows)}
+        token = given["drafted"][:, depth - 1 : depth]
+        rows.append(copy.expand(state, Frontier(token, torch.tensor([[parent]], device=device), depth)).log_q[0])
+    return {"log_q": torch.cat(rows).cpu()}
 
 
-def drafter_of(checkpoint: HeadCheckpoint, target: HFTarget, where: str) -> Eagle3:
-    """A checkpoint that `import_checkpoint` read, as a drafter in float32; `where` names it in errors.
-
-    Raises:
-        UserError: a head that is not decoded here, or options that do not fit it.
-    """
-    if checkpoint.kind != "eagle3":
-        raise UserError(f"{where}: an EAGLE-1/2 or HASS head; this version decodes EAGLE-3 heads only")
-    head = Eagle3(validate(Eagle3Options, dict(checkpoint.config), where), checkpoint.vocab, target.embedding.float())
-    head.load_state_dict(dict(checkpoint.tensors))
-    return head.to(target.device).eval().requires_grad_(False)
-
-
-def checker(embedding: Tensor) -> Forward:
-    """`forward` for a checkpoint that `validate.check` has read; `embedding [V, H]` is the target's."""
+def checker(target: HFTarget) -> Forward:
+    """`forward` for a checkpoint that `validate.check` has read."""
 
     def run(checkpoint: HeadCheckpoint, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        options = validate(Eagle3Options, dict(checkpoint.config), "config.json")
-        head = Eagle3(options, checkpoint.vocab, embedding)
-        head.load_state_dict(dict(checkpoint.tensors))
-        return forward(head, inputs)
+        return forward(drafter_of(checkpoint, target, "config.json"), inputs, target.device)
 
     return run
-
-
-def _eagle3(drafter: Saved) -> Eagle3:
-    if not isinstance(drafter, Eagle3):
-        raise UserError(f"a drafter of kind {drafter.KIND} can't be exported by this version")
-    return drafter

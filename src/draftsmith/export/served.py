@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from draftsmith.data import served
 from draftsmith.data.replies import Asked, Tally
@@ -31,6 +31,7 @@ from draftsmith.export.findings import Finding
 from draftsmith.export.server_counts import ServerCounts
 from draftsmith.foundation.errors import UserError
 from draftsmith.target.model import HFTarget
+from draftsmith.target.protocol import FeatureSpec, Rows, Target, TargetOut
 from draftsmith.target.replay import StoredAnswer
 from draftsmith.target.sampling import Sampling
 
@@ -134,11 +135,25 @@ def compare(
     )
 
 
-def endless(target: HFTarget) -> HFTarget:
-    """The same target without end tokens: servers draft, and count, past an answer's end."""
-    out = copy(target)
-    out.spec = replace(target.spec, eos_ids=())
-    return out
+class Endless:
+    """A target without end tokens: servers draft, and count, past an answer's end."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self.spec = replace(target.spec, eos_ids=())
+        self.device = target.device
+
+    def prefill(self, ids: Tensor, lengths: Sequence[int], want: FeatureSpec, capacity: int) -> TargetOut:
+        return self._target.prefill(ids, lengths, want, capacity)
+
+    def verify(self, rows: Rows, want: FeatureSpec) -> TargetOut:
+        return self._target.verify(rows, want)
+
+    def commit(self, rows: Tensor, counts: Sequence[int]) -> None:
+        self._target.commit(rows, counts)
+
+    def select(self, sequences: Sequence[int]) -> None:
+        self._target.select(sequences)
 
 
 def replayed(target: HFTarget, drafter: Drafter, growth: Growth, prompts: Texts, answers: Texts) -> Counts:
@@ -155,13 +170,13 @@ def replayed(target: HFTarget, drafter: Drafter, growth: Growth, prompts: Texts,
 
 def rounds_of(target: HFTarget, drafter: Drafter, growth: Growth, prompts: Texts, answers: Texts) -> list[list[Round]]:
     """`replayed`, by answer; `kept` is what stays within the answer."""
-    on = endless(target)
+    on = Endless(target)
     stored = []
     for prompt, answer in zip(prompts, answers, strict=True):
         text = [*prompt, *answer]
         (more,) = Engine(on).generate([text], max_new_tokens=growth.budget + 2)
         ids = [*text, *more.token_ids]
-        hidden = on.read(torch.tensor([ids]), [len(ids)], drafter.wants)
+        hidden = target.read(torch.tensor([ids]), [len(ids)], drafter.wants)
         states = {name: hidden[name][0] for name in drafter.wants.names}
         stored.append(StoredAnswer(ids, len(prompt), states, complete=False))
     generations = replay(Single(drafter, growth), on.spec, stored)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from draftsmith.drafters.base import Frontier
+from draftsmith.drafters.eagle import Eagle, EagleOptions
 from draftsmith.drafters.eagle3 import Eagle3, Eagle3Options
 from draftsmith.export.checkpoint import Extras, Golden, HeadCheckpoint
 from draftsmith.export.hand_over import export
@@ -19,11 +20,12 @@ from draftsmith.export.validate import check
 from tests.unit.export.heads import LLAMA3_ROPE, H, V, edit, head, replant
 
 EMBEDDING = torch.randn(V, H, generator=torch.Generator().manual_seed(1))
+OUTPUT = torch.randn(V, H, generator=torch.Generator().manual_seed(3))  # the target's, which EAGLE heads use
 
 
 def forward(checkpoint: HeadCheckpoint, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Log probabilities after reading tokens with features, and after two drafted tokens on one path."""
-    module = Eagle3(Eagle3Options(**checkpoint.config), checkpoint.vocab, EMBEDDING)
+    module = built(checkpoint)
     module.load_state_dict(dict(checkpoint.tensors))
     module = module.to(checkpoint.tensors["fc.weight"].dtype)
     tokens, features = inputs["tokens"], inputs["features"]
@@ -35,17 +37,24 @@ def forward(checkpoint: HeadCheckpoint, inputs: Mapping[str, Tensor]) -> dict[st
     return {"log_q": torch.cat(out, dim=1)}
 
 
-def inputs() -> dict[str, Tensor]:
+def built(checkpoint: HeadCheckpoint) -> Eagle3 | Eagle:
+    if checkpoint.kind == "eagle":
+        options = EagleOptions(**checkpoint.config, draft_vocab_size=V)
+        return Eagle(options, checkpoint.vocab, EMBEDDING, OUTPUT)
+    return Eagle3(Eagle3Options(**checkpoint.config), checkpoint.vocab, EMBEDDING)
+
+
+def inputs(kind: str = "eagle3") -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(2)
     return {
         "tokens": torch.randint(0, V, (1, 20), generator=draw),
-        "features": torch.randn(1, 20, 3 * H, generator=draw),
+        "features": torch.randn(1, 20, H if kind == "eagle" else 3 * H, generator=draw),
     }
 
 
-def sensible(**changes: object) -> HeadCheckpoint:
+def sensible(kind: str = "eagle3", **changes: object) -> HeadCheckpoint:
     """A head whose weights are of a size that leaves its softmax neither flat nor one-hot."""
-    raw = head("eagle3", torch.float32, **changes)
+    raw = head(kind, torch.float32, **changes)
     return replace(raw, tensors={name: tensor * 0.3 for name, tensor in raw.tensors.items()})
 
 
@@ -57,6 +66,16 @@ def test_the_same_logits_bit_for_bit(server: str, changes: dict[str, object], tm
     folder = export(before, server, tmp_path / "out", Extras(golden=golden)).folder
     after = import_checkpoint(folder, before.target)
     assert torch.equal(forward(after, inputs())["log_q"], golden.outputs["log_q"])
+    assert check(folder, before.target, forward=forward) == []
+
+
+@pytest.mark.parametrize(("server", "changes"), [("vllm", {}), ("sglang", {}), ("sglang", {"fc_bias": True})], ids=str)
+def test_eagles_logits_bit_for_bit(server: str, changes: dict[str, object], tmp_path: Path) -> None:
+    before = sensible("eagle", **changes)
+    golden = Golden(inputs("eagle"), forward(before, inputs("eagle")))
+    folder = export(before, server, tmp_path / "out", Extras(golden=golden)).folder
+    after = import_checkpoint(folder, before.target)
+    assert torch.equal(forward(after, inputs("eagle"))["log_q"], golden.outputs["log_q"])
     assert check(folder, before.target, forward=forward) == []
 
 

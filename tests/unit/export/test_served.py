@@ -19,7 +19,7 @@ from draftsmith.export.adapter import golden, head_checkpoint, target_card
 from draftsmith.export.checkpoint import Extras, Serving
 from draftsmith.export.findings import Finding
 from draftsmith.export.hand_over import export
-from draftsmith.export.served import Asking, Comparison, causes, compare, endless, serving_of
+from draftsmith.export.served import Asking, Comparison, Endless, causes, compare, serving_of
 from draftsmith.export.weights import read_config
 from draftsmith.foundation import seeding
 from draftsmith.foundation.errors import UserError
@@ -69,7 +69,7 @@ class Scene:
         self.drafter = OracleDrafter(self.texts, DIAL, VocabMap.identity(VOCAB))
 
     def greedy(self, asked: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-        on = self.target if tokens == TOKENS else endless(self.target)
+        on = self.target if tokens == TOKENS else Endless(self.target)
         return [Engine(on).generate([p], max_new_tokens=tokens)[0].token_ids for p in asked]
 
     def agrees(self, prompt: Sequence[int], dial: float = DIAL) -> list[bool]:
@@ -210,10 +210,9 @@ def test_the_command(folder: Path, target: HFTarget, tmp_path: Path, capsys: pyt
     options = eagle3_options(target.model.config, target.spec, VOCAB)
     torch.manual_seed(1)
     head = Eagle3(options, VocabMap.identity(VOCAB), target.embedding)
-    card = target_card(target, str(folder))
-    exported = export(
-        head_checkpoint(head, card), "vllm", tmp_path / "out", Extras(serving=NUMBERS, golden=golden(head))
-    )
+    checkpoint = head_checkpoint(head, target_card(target, str(folder)))
+    extras = Extras(serving=NUMBERS, golden=golden(checkpoint, target))
+    exported = export(checkpoint, "vllm", tmp_path / "out", extras)
     assert serving_of(read_config(exported.folder)) == (NUMBERS, CHAIN)
     asked: list[list[int]] = []
 
