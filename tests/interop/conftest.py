@@ -60,7 +60,9 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
 @pytest.fixture(scope="session")
 def plain(setting: Setting) -> list[list[int]]:
     """vLLM's own greedy answers, without speculation."""
-    return [answer["ids"] for answer in by_vllm(setting.work, "plain", setting.folder, None, setting.prompts)["answers"]]
+    return [
+        answer["ids"] for answer in by_vllm(setting.work, "plain", setting.folder, None, setting.prompts)["answers"]
+    ]
 
 
 @pytest.fixture(scope="session")

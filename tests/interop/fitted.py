@@ -52,9 +52,7 @@ def card(target: HFTarget, folder: str) -> TargetCard:
     return TargetCard.from_config(config, name=folder, fingerprint=target.spec.fingerprint, licence="apache-2.0")
 
 
-def eagle3(
-    target: HFTarget, folder: str, texts: Sequence[Sequence[int]], draft_vocab: int
-) -> HeadCheckpoint:
+def eagle3(target: HFTarget, folder: str, texts: Sequence[Sequence[int]], draft_vocab: int) -> HeadCheckpoint:
     """A fitted EAGLE-3 head; `folder` is the target's."""
     counts = torch.bincount(torch.tensor([token for ids in texts for token in ids]), minlength=target.spec.vocab_size)
     vocab = VocabMap.from_counts(counts, draft_vocab, target.spec.eos_ids, target.spec.vocab_size)

@@ -17,7 +17,7 @@ import pytest
 
 from draftsmith.decoding.growth import ChainGrowth
 from draftsmith.drafters.base import Drafter
-from draftsmith.export.adapter import drafter_of
+from draftsmith.export.adapter import drafter_of, standalone_of
 from draftsmith.export.checkpoint import Extras, Serving, StandaloneDraft
 from draftsmith.export.hand_over import export
 from draftsmith.export.served import Asking, causes, compare, rounds_of
@@ -108,13 +108,15 @@ def test_eagle(setting: Setting, plain: Any) -> None:
 
 
 def test_standalone(setting: Setting, plain: Any) -> None:
-    """The target with weights of few bits as its draft: close, and not the same."""
+    """The target with weights of few bits as its draft; counts by our engine and by a teacher-forced pass."""
     folder = fitted.coarse(Path(setting.folder), setting.work / "coarse")
     draft = StandaloneDraft(folder, fitted.card(setting.target, setting.folder))
     exported = export(draft, "vllm", setting.work / "draft")
     speculative = {"method": "draft_model", "model": str(exported.folder), "num_speculative_tokens": CHAIN}
     served = by_vllm(setting.work, "draft", setting.folder, speculative, setting.prompts)
-    accepts = fitted.standalone_accepts(load_target(folder, dtype="float32", device="cpu"), setting, plain, CHAIN)
+    accepts = ours(setting, standalone_of(folder, setting.target), plain)
+    reader = load_target(folder, dtype="float32", device="cpu")
+    assert accepts == fitted.standalone_accepts(reader, setting, plain, CHAIN)
     judge("standalone draft", plain, served, accepts)
 
 

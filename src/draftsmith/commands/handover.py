@@ -11,8 +11,9 @@ from torch import nn
 from draftsmith.data.benchmarks import load_benchmark
 from draftsmith.data.prompts import make_prompts
 from draftsmith.drafters import checkpoint
+from draftsmith.drafters.checkpoint import Saved
 from draftsmith.export import import_
-from draftsmith.export.adapter import checker, drafter_of, target_card
+from draftsmith.export.adapter import checker, drafter_of, standalone_of, target_card
 from draftsmith.export.findings import Finding
 from draftsmith.export.served import Asking, causes, compare, serving_of
 from draftsmith.export.validate import check as findings_of
@@ -58,11 +59,14 @@ def check(
 def _served(
     folder: Path, model: HFTarget, target: str, url: str, prompts: str | None, limit: int, tokens: int
 ) -> list[Finding]:
-    embeddings = model.embedding.detach().cpu()
-    lm_head = model.model.get_output_embeddings().weight.detach().cpu()
-    card = target_card(model, target)
-    found = import_.import_checkpoint(folder, card, embeddings=embeddings, lm_head=lm_head)
-    drafter = drafter_of(found, model, str(folder))
+    if import_.recognise(folder) == "standalone":
+        drafter: Saved = standalone_of(folder, model)
+    else:
+        embeddings = model.embedding.detach().cpu()
+        lm_head = model.model.get_output_embeddings().weight.detach().cpu()
+        card = target_card(model, target)
+        found = import_.import_checkpoint(folder, card, embeddings=embeddings, lm_head=lm_head)
+        drafter = drafter_of(found, model, str(folder))
     assert isinstance(drafter, nn.Module)
     drafter.to(model.dtype)
     asked = load_benchmark(prompts, limit) if prompts else make_prompts("word-problems", "test", limit, 0)

@@ -15,6 +15,7 @@ from draftsmith.decoding.growth import GrowthOptions, StaticGrowth
 from draftsmith.drafters import checkpoint as saved
 from draftsmith.drafters.base import Frontier
 from draftsmith.drafters.checkpoint import Saved
+from draftsmith.drafters.standalone import FOLDER, Standalone, StandaloneDraftOptions, load_model
 from draftsmith.export.checkpoint import Drafter, Golden, HeadCheckpoint, Kind, Serving, StandaloneDraft, TargetCard
 from draftsmith.export.validate import Forward
 from draftsmith.foundation.errors import UserError
@@ -22,7 +23,6 @@ from draftsmith.target.model import HFTarget
 from draftsmith.target.vocabulary import VocabMap
 
 GOLDEN_ROWS = 24
-STANDALONE_FOLDER = "model"  # of a standalone draft's artefact: the transformers folder
 
 
 def target_card(target: HFTarget, served_as: str, licence: str = "") -> TargetCard:
@@ -47,8 +47,8 @@ def exportable(drafter: Saved, folder: Path, card: TargetCard) -> Drafter:
     Raises:
         UserError: a kind that no server runs.
     """
-    if drafter.KIND == "standalone":
-        return StandaloneDraft(folder / STANDALONE_FOLDER, card)
+    if isinstance(drafter, Standalone):
+        return StandaloneDraft(folder / FOLDER, card)
     return head_checkpoint(drafter, card)
 
 
@@ -85,6 +85,19 @@ def drafter_of(checkpoint: HeadCheckpoint, target: HFTarget, where: str) -> Save
     assert isinstance(head, nn.Module)
     head.to(target.device, torch.float32).eval().requires_grad_(False)
     return head
+
+
+def standalone_of(folder: Path, target: HFTarget) -> Standalone:
+    """A model folder as a draft of the whole vocabulary, in float32: what servers run.
+
+    Raises:
+        UserError: nothing loadable, or another vocabulary than the target's.
+    """
+    size = target.spec.vocab_size
+    model = load_model(folder, size, torch.float32)
+    options = StandaloneDraftOptions(made_from=str(folder), vocab_size=size, draft_vocab_size=size)
+    draft = Standalone(options, VocabMap.identity(size), model, target.tokenizer)
+    return draft.to(target.device).eval().requires_grad_(False)
 
 
 def serving(growth: GrowthOptions, tokens: int) -> Serving:
