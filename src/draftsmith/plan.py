@@ -38,8 +38,9 @@ def _machine() -> tuple[float, float]:
 def show(run: Run, until: str | None = None) -> None:
     """Print the plan as a table, with the whole below it."""
     recipe = run.recipe
-    sets = 1 if recipe.data.path else len(recipe.data.sets)
-    train, dev, test = (n * sets for n in (recipe.data.train, recipe.data.dev, recipe.data.test))
+    counts = recipe.data.counts().values()
+    sets = len(counts)
+    train, dev, test = (sum(column) for column in zip(*counts, strict=True))
     answer = int(recipe.regenerate.max_new_tokens * ANSWER_SHARE)
     positions = (train + dev) * (PROMPT_TOKENS + answer)
     parameters, hidden, layers = _size(recipe.target.name)

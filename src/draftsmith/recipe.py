@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from draftsmith.data.features import PassOptions
 from draftsmith.data.regenerate import RegenerateOptions
@@ -39,7 +39,10 @@ class DataOptions(Options):
         default=None, description="jsonl, json, parquet, a folder of them, or a hub data set; none: made prompts"
     )
     sets: tuple[str, ...] = Field(default=("word-problems", "chat"), description="sets of made prompts")
-    train: int = Field(default=200, ge=1, description="training prompts, of each set")
+    train: int | dict[str, int] = Field(
+        default=200,
+        description="training prompts, of each set; or by set: {word-problems: 200, chat: 400}",
+    )
     dev: int = Field(
         default=16, ge=1, description="dev prompts, of each set: checkpoints and the tree are chosen on them"
     )
@@ -48,6 +51,30 @@ class DataOptions(Options):
         default=False, description="train on the answers in the file instead of the target's own"
     )
     seed: int = 0
+
+    @field_validator("train")
+    @classmethod
+    def _some(cls, train: int | dict[str, int]) -> int | dict[str, int]:
+        counts = train.values() if isinstance(train, dict) else (train,)
+        if not counts or min(counts) < 1:
+            raise ValueError("at least 1 training prompt is needed of each set")
+        return train
+
+    @model_validator(mode="after")
+    def _every_set(self) -> Self:
+        if isinstance(self.train, dict) and self.path is None and self.train.keys() != set(self.sets):
+            raise ValueError(f"train: give a number for each of the sets {', '.join(self.sets)}, and no other")
+        return self
+
+    def counts(self) -> dict[str, tuple[int, int, int]]:
+        """How many train, dev and test prompts are taken of each set; the user's own prompts are one set."""
+        if self.path is not None:
+            train = self.train if isinstance(self.train, int) else sum(self.train.values())
+            return {self.path: (train, self.dev, self.test)}
+        return {
+            name: (self.train if isinstance(self.train, int) else self.train[name], self.dev, self.test)
+            for name in self.sets
+        }
 
 
 class FeatureOptions(PassOptions):
@@ -82,12 +109,12 @@ class TuneOptions(Options):
     growths: tuple[GrowthOptions, ...] = Field(
         default=(
             GrowthOptions(node_budget=7, depth=3, width=4),
-            GrowthOptions(node_budget=11, depth=3, width=5),
             GrowthOptions(node_budget=15, depth=3, width=6),
-            GrowthOptions(node_budget=15, depth=4, width=4),
             GrowthOptions(node_budget=15, depth=4, width=6),
-            GrowthOptions(node_budget=23, depth=5, width=6),
-            GrowthOptions(node_budget=31, depth=5, width=6),
+            GrowthOptions(node_budget=15, depth=5, width=6, least_mass=0.15),
+            GrowthOptions(node_budget=15, depth=5, width=6, least_mass=0.3),
+            GrowthOptions(node_budget=15, depth=6, width=6, least_mass=0.45),
+            GrowthOptions(node_budget=31, depth=5, width=6, least_mass=0.3),
         ),
         min_length=1,
     )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,14 +17,13 @@ from draftsmith.data.features import FeatureStore
 from draftsmith.data.prompts import make_prompts, templates_digest
 from draftsmith.data.rows import SUFFIXES
 from draftsmith.data.samples import Sample, samples_of
-from draftsmith.decoding import profile
 from draftsmith.decoding.composition import Single
 from draftsmith.decoding.growth import GrowthOptions
 from draftsmith.drafters.checkpoint import load_drafter
 from draftsmith.drafters.eagle3 import Eagle3, auxiliary_layers, eagle3_options
 from draftsmith.evaluation import bench as benching
-from draftsmith.evaluation import metrics
-from draftsmith.evaluation.replayed import replay, stored_answer
+from draftsmith.evaluation import tuning
+from draftsmith.evaluation.replayed import stored_answer
 from draftsmith.foundation import artefacts, console, seeding
 from draftsmith.foundation.errors import StaleError, UserError
 from draftsmith.foundation.options import validate
@@ -48,7 +46,6 @@ if TYPE_CHECKING:
 
 Identity = dict[str, object]
 SPLITS = ("train", "dev", "test")
-COST_NOISE = 0.05  # relative: between two measurements of a round's cost on a shared machine
 
 
 def prompts(run: Run, out: Path, identity: Identity) -> None:
@@ -57,15 +54,15 @@ def prompts(run: Run, out: Path, identity: Identity) -> None:
     with artefacts.writing(out, "prompts", identity) as scratch:
         parts: dict[str, list[Conversation]] = {split: [] for split in SPLITS}
         if o.path is None:
-            for name in o.sets:
-                for split, count in zip(SPLITS, (o.train, o.dev, o.test), strict=True):
+            for name, counts in o.counts().items():
+                for split, count in zip(SPLITS, counts, strict=True):
                     parts[split] += make_prompts(name, split, count, o.seed)
         else:
             found, quarantine = read_conversations(o.path)
             if quarantine.rows:
                 quarantine.write(scratch / "quarantine.jsonl")
                 console.warn(f"{quarantine}; they are listed in {out / 'quarantine.jsonl'}")
-            parts = _parted(found, (o.train, o.dev, o.test), o.seed, o.path)
+            parts = _parted(found, o.counts()[o.path], o.seed, o.path)
         for split, rows in parts.items():
             artefacts.write_jsonl(scratch / f"{split}.jsonl", (to_row(c) for c in rows))
         console.say(", ".join(f"{len(parts[split])} {split}" for split in SPLITS) + " prompts")
@@ -390,57 +387,12 @@ def tune(run: Run, out: Path, identity: Identity) -> None:
 
     The speed-up expected of a tree is the geometric mean over the sets: a tree that is good for one only is not taken.
     """
-    target = run.target
-    head = load_drafter(run.path("train"), target)
-    answers = dev_by_set(run, stored_features(run))
-    costs = profile.verify_cost(target)
-    rows: list[dict[str, Any]] = []
-    with console.progress("trying draft trees on dev", len(run.recipe.tune.growths), "trees") as bar:
-        for growth in run.recipe.tune.growths:
-            single = Single(head, growth.build())
-            found = {
-                name: metrics.count(replay(single, target.spec, own, device=target.device))
-                for name, own in answers.items()
-            }
-            lengths = [c.acceptance_length for c in found.values() if not math.isnan(c.acceptance_length)]
-            mean = math.exp(sum(map(math.log, lengths)) / len(lengths)) if lengths else math.nan
-            draft = profile.draft_cost(target, single)
-            verify = profile.interpolated(costs, 1 + growth.build().budget)
-            rows.append(
-                {
-                    "growth": growth.model_dump(mode="json"),
-                    "acceptance_length": mean,
-                    "acceptance_length_by_set": {name: c.acceptance_length for name, c in found.items()},
-                    "draft_ms": draft,
-                    "verify_ms": verify,
-                    "speedup": mean * profile.interpolated(costs, 1) / (draft + verify),
-                }
-            )
-            bar.advance(1)
-    # Acceptance by replay is exact, costs measured in a few seconds are not: of what is equally fast within the noise,
-    # the tree that commits most.
-    fastest = max(float(row["speedup"]) for row in rows)
-    near = [row for row in rows if float(row["speedup"]) >= (1 - COST_NOISE) * fastest]
-    best = max(near, key=lambda row: float(row["acceptance_length"]))
-    console.table(
-        "Draft trees on dev: acceptance by replay, cost measured here",
-        ["nodes", "depth", "width", "acceptance length", "draft ms", "verify ms", "speed-up expected"],
-        [
-            [
-                *(row["growth"][key] for key in ("node_budget", "depth", "width")),
-                f"{row['acceptance_length']:.2f}",
-                f"{row['draft_ms']:.1f}",
-                f"{row['verify_ms']:.1f}",
-                f"{row['speedup']:.2f}" + (" <" if row is best else ""),
-            ]
-            for row in rows
-        ],
-    )
+    head = load_drafter(run.path("train"), run.target)
+    tried = tuning.tuned(run.target, head, dev_by_set(run, stored_features(run)), run.recipe.tune.growths)
+    tuning.show(tried)
     with artefacts.writing(out, "growth", identity) as scratch:
-        artefacts.write_json(scratch / "growth.json", best["growth"])
-        artefacts.write_json(
-            scratch / "profile.json", {"verify_ms": {str(n): c for n, c in costs.items()}, "growths": rows}
-        )
+        artefacts.write_json(scratch / "growth.json", tried.best.growth.model_dump(mode="json"))
+        artefacts.write_json(scratch / "profile.json", tried.to_json())
 
 
 def chosen_growth(run_folder: Path) -> GrowthOptions:

@@ -26,6 +26,7 @@ GROWTHS: dict[str, ChainGrowth | DynamicGrowth] = {
     "tree-4": DynamicGrowth(4, 3, 3),
     "tree-15": DynamicGrowth(15, 4, 4),
     "tree-64": DynamicGrowth(64, 5, 8),
+    "tree-stopping": DynamicGrowth(15, 5, 4, least_mass=0.02),
 }
 
 

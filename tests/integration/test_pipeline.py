@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -405,5 +406,5 @@ def test_the_kept_recipe_is_what_a_stages_command_uses(copied: Path, tmp_path: P
     assert (ended.code, "train: done before" in ended.out) == (0, True), ended.err
     ended = draftsmith("train", "--run", copied, "--recipe", "quickstart")
     assert ended.code == 2
-    train = recipe.load("quickstart").data.train
+    train = json.dumps(recipe.load("quickstart").data.train)
     assert f"prompts was made with data.train 6, and that is {train} now" in ended.err

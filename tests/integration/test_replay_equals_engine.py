@@ -24,7 +24,11 @@ from tests.tiny import VOCAB, OracleDrafter, prompts, tiny_head, tiny_target
 
 COUNT, NEW, KIND = 20, 24, "qwen3"
 SAMPLINGS = {"greedy": Sampling(), "sampled": Sampling(temperature=1.0, top_p=0.95, seed=3)}
-GROWTHS: dict[str, Growth] = {"chain": ChainGrowth(3), "tree": DynamicGrowth(15, 4, 4)}
+GROWTHS: dict[str, Growth] = {
+    "chain": ChainGrowth(3),
+    "tree": DynamicGrowth(15, 4, 4),
+    "stopping tree": DynamicGrowth(15, 5, 4, least_mass=0.3),
+}
 
 
 @cache

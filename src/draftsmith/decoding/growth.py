@@ -53,6 +53,7 @@ class Growth(Protocol):
 # Which kind each later option belongs to; the first four belong to all.
 _OWN = {
     "paths": "static",
+    "least_mass": "dynamic",
     **dict.fromkeys(("gamma", "threshold", "goal", "smoothing", "step"), "adaedl"),
     **dict.fromkeys(("profile", "draft_ms", "sequences"), "cost-aware"),
 }
@@ -76,6 +77,12 @@ class GrowthOptions(Options):
         ge=1,
         description="nodes expanded at each depth and children taken of each (dynamic, cost-aware); children taken of "
         "each (best-first)",
+    )
+    least_mass: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="no deeper where the path probabilities of the nodes to expand sum up to less (dynamic)",
     )
     paths: Paths = Field(default=STATIC_15, description="nodes as ranks of children from the root down (static)")
     gamma: float = Field(default=0.2, gt=0, description="weight of the entropy in the acceptance bound (adaedl)")
@@ -127,7 +134,7 @@ class GrowthOptions(Options):
                     self.depth,
                     self.width,
                 )
-        return DynamicGrowth(self.node_budget, self.depth, self.width)
+        return DynamicGrowth(self.node_budget, self.depth, self.width, self.least_mass)
 
 
 @dataclass(frozen=True)
@@ -148,14 +155,19 @@ class ChainGrowth:
 @dataclass(frozen=True)
 class DynamicGrowth:
     """EAGLE-2 (2406.16858, §4): expand the `width` nodes of largest path probability of each depth, `width` children
-    each, then keep the `budget` nodes of largest path probability V = Π q along the path; of equals the shallower."""
+    each, then keep the `budget` nodes of largest path probability V = Π q along the path; of equals the shallower.
+
+    With `least_mass` a depth is drafted only where that promises something: V of the nodes to expand sums up to it. A
+    draft pass that adds less to the expected tokens than its share of a round's time is not worth making.
+    """
 
     budget: int
     depth: int
     width: int
+    least_mass: float = 0.0
 
     def grow(self, drafter: Drafter, state: Any, proposal: Proposal, limits: Limits) -> DraftTree:
-        tree = _dynamic(drafter, state, proposal, self.depth, self.width, limits)
+        tree = _dynamic(drafter, state, proposal, self.depth, self.width, limits, self.least_mass)
         return pruned(tree, self.budget, limits.room)
 
 
@@ -293,8 +305,13 @@ class CostAwareGrowth:
         return affordable(tree, self.round_ms, limits.room)
 
 
-def _dynamic(drafter: Drafter, state: Any, proposal: Proposal, depth: int, width: int, limits: Limits) -> DraftTree:
-    return _drafted(drafter, state, proposal, depth, width, limits, lambda level, pool: min(width, level.shape[1]))
+def _dynamic(
+    drafter: Drafter, state: Any, proposal: Proposal, depth: int, width: int, limits: Limits, least_mass: float = 0.0
+) -> DraftTree:
+    def frontier(level: Tensor, pool: Tensor) -> int:
+        return min(width, level.shape[1])
+
+    return _drafted(drafter, state, proposal, depth, width, limits, frontier, least_mass)
 
 
 def _drafted(
@@ -305,12 +322,14 @@ def _drafted(
     width: int,
     limits: Limits,
     frontier: Callable[[Tensor, Tensor], int],
+    least_mass: float = 0.0,
 ) -> DraftTree:
     """Everything drafted, depth by depth, `width` children of each node of the frontier.
 
     Args:
         frontier: how many of the last depth's likeliest nodes are expanded, from the path log probabilities of that
             depth `[B, M]` and of all nodes so far `[B, N]`; 0 ends the drafting.
+        least_mass: a sequence is drafted no deeper once its frontier's path probabilities sum up to less.
     """
     log_q = proposal.log_q[:, 0]
     batch, vocab = log_q.shape
@@ -335,9 +354,15 @@ def _drafted(
             parent_slots = expanded + order // children
             expanded = tokens[-1].shape[1] // children + expanded
         frontier_tokens = tokens[-1].gather(1, order)
+        ended = torch.isin(frontier_tokens, limits.ends)
+        if least_mass:
+            mass = best_scores.masked_fill(ended, -torch.inf).exp().sum(1)
+            best_scores = best_scores.masked_fill((mass < least_mass)[:, None], -torch.inf)
+            # A pass is spared where no sequence goes deeper, at the price of asking the device.
+            if not bool((best_scores > -torch.inf).any()):
+                break
         chosen = pool + order  # the frontier's places in the pool of all nodes
         child_q = drafter.expand(state, Frontier(frontier_tokens, parent_slots, level)).log_q
-        ended = torch.isin(frontier_tokens, limits.ends)
         best, best_ids = child_q.masked_fill(ended[:, :, None], -torch.inf).topk(children, dim=-1)
         pool += tokens[-1].shape[1]
         tokens.append(drafter.vocab.to_target(best_ids).reshape(batch, -1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -60,9 +61,12 @@ class Table:
 
 
 def eagle2(
-    table: Table, b: int, budget: int, depth: int, width: int, room: int, ends: set[int]
+    table: Table, b: int, budget: int, depth: int, width: int, room: int, ends: set[int], least: float = 0.0
 ) -> set[tuple[Path, float]]:
-    """Expand the `width` likeliest nodes of each depth, `width` children each; then the `budget` likeliest of all."""
+    """Expand the `width` likeliest nodes of each depth, `width` children each; then the `budget` likeliest of all.
+
+    Nothing is expanded once the probabilities of what would be (end tokens aside) sum up to less than `least`.
+    """
 
     def children(path: Path, value: float) -> list[tuple[Path, float]]:
         if path and path[-1] in ends:
@@ -75,6 +79,8 @@ def eagle2(
     pool = list(level)
     for _ in range(1, min(depth, room)):
         frontier = sorted(level, key=lambda node: -node[1])[:width]
+        if sum(math.exp(value) for path, value in frontier if path[-1] not in ends) < least:
+            break
         level = [child for path, value in frontier for child in children(path, value)]
         pool += level
     fits = [node for node in pool if len(node[0]) <= room]
@@ -107,21 +113,22 @@ def same(found: dict[Path, float], expected: set[tuple[Path, float]]) -> None:
     width=st.integers(1, 5),
     size=st.integers(2, 9),
     room=st.lists(st.integers(0, 6), min_size=1, max_size=3),
+    least=st.sampled_from([0.0, 0.0, 0.1, 0.3, 0.6]),
     data=st.data(),
 )
 @settings(max_examples=150, deadline=None)
 def test_the_dynamic_tree_is_eagle_2s(
-    seed: int, budget: int, depth: int, width: int, size: int, room: list[int], data: st.DataObject
+    seed: int, budget: int, depth: int, width: int, size: int, room: list[int], least: float, data: st.DataObject
 ) -> None:
     """Rows with different room, end tokens that are never expanded, widths beyond the vocabulary, reduced ones."""
     ids = data.draw(st.lists(st.integers(0, 11), min_size=size, max_size=size, unique=True))
     ends = data.draw(st.sets(st.sampled_from(ids), max_size=2))
     vocab = VocabMap(torch.tensor(sorted(ids)), 12)
     table = Table(seed, vocab)
-    found = grown(table, DynamicGrowth(budget, depth, width), room, sorted(ends))
+    found = grown(table, DynamicGrowth(budget, depth, width, least), room, sorted(ends))
     assert len(found) == len(room)
     for b, row in enumerate(found):
-        same(row, eagle2(table, b, budget, depth, width, room[b], ends))
+        same(row, eagle2(table, b, budget, depth, width, room[b], ends, least))
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
@@ -144,6 +151,12 @@ def test_no_more_passes_than_there_is_room_for() -> None:
     assert {len(path) for path in table.asked} == {1}
     table.asked.clear()
     grown(table, DynamicGrowth(10, 5, 2), [0, 0])
+    assert table.asked == []
+
+
+def test_passes_that_promise_too_little_are_not_made() -> None:
+    table = Table(1, VocabMap.identity(6))
+    grown(table, DynamicGrowth(10, 5, 2, 0.99), [9, 9])
     assert table.asked == []
 
 

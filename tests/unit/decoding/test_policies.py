@@ -324,5 +324,5 @@ def test_options_survive_being_stored(options: GrowthOptions) -> None:
 def test_what_another_kind_reads_is_in_no_fingerprint() -> None:
     assert digest(GrowthOptions(gamma=0.9)) == digest(GrowthOptions())
     assert digest(GrowthOptions(kind="adaedl", gamma=0.9)) != digest(GrowthOptions(kind="adaedl"))
-    assert set(GrowthOptions().model_dump()) == {"kind", "node_budget", "depth", "width"}
+    assert set(GrowthOptions().model_dump()) == {"kind", "node_budget", "depth", "width", "least_mass"}
     assert GrowthOptions().build() == DynamicGrowth(15, 4, 4)
