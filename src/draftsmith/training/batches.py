@@ -20,6 +20,7 @@ from draftsmith.data.features import StoredSample
 from draftsmith.drafters.unrolled import UnrollBatch
 from draftsmith.foundation import seeding
 from draftsmith.numerics.distributions import COLUMNS as STATISTICS
+from draftsmith.numerics.losses import rounded
 from draftsmith.target.protocol import FeatureSpec
 
 REFERENCE = "reference_loss."
@@ -95,8 +96,8 @@ def epoch_plan(
 
 
 def collate(rows: Sequence[Sequence[StoredSample]], wants: FeatureSpec, steps: int, device: torch.device) -> TrainBatch:
-    """Pack samples into rows; the rows are padded to the longest."""
-    width = max(sum(len(s.ids) for s in row) for row in rows)
+    """Pack samples into rows, padded to the longest and on to a multiple (`rounded`)."""
+    width = rounded(max(sum(len(s.ids) for s in row) for row in rows))
     size = len(rows)
     first = rows[0][0]
     features = wants.gather(first.hidden)
@@ -154,6 +155,6 @@ def collate(rows: Sequence[Sequence[StoredSample]], wants: FeatureSpec, steps: i
 def _compact(flags: Tensor) -> tuple[Tensor, Tensor]:
     """Positions of the true entries of each row `[R, L]`, padded: `[R, Q]` indices and which are real."""
     counts = flags.sum(dim=1)
-    width = max(1, int(counts.max()))
+    width = rounded(int(counts.max()))
     order = flags.int().argsort(dim=1, descending=True, stable=True)[:, :width]
-    return order, torch.arange(width) < counts[:, None]
+    return order, torch.arange(order.shape[1]) < counts[:, None]

@@ -294,13 +294,13 @@ def test_a_frozen_head_and_a_head_without_gradient() -> None:
 
 
 def test_more_than_one_block_keeps_no_logits_for_the_backward_pass() -> None:
-    tensors = head(24)
+    tensors = head(32)
     tensors["hidden"].requires_grad_()
-    for block_rows, logits in ((24, 1), (8, 0)):
+    for block_rows, logits in ((32, 1), (8, 0)):
         values = blocked(**tensors, loss=by_name("forward-kl"), block_rows=block_rows)
         kept = [tuple(tensor.shape) for tensor in getattr(values.grad_fn, "saved_tensors", ())]
         assert len(kept) == 6
-        assert kept.count((24, 20)) == logits
+        assert kept.count((32, 20)) == logits
         assert sum(shape[-1] == 20 and len(shape) == 2 for shape in kept) == logits
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from draftsmith.data.samples import Sample
+from draftsmith.numerics.losses import STRIDE, rounded
 from draftsmith.target.protocol import FeatureSpec
 from draftsmith.training.batches import collate, counted_starts, epoch_plan
 from tests.unit.training.stored import LAYERS, random_samples, stored
@@ -81,7 +82,8 @@ def test_a_batch_against_naive_loops(tmp_path: Path, steps: int) -> None:
     wants = FeatureSpec(LAYERS)
     batch = collate([[source[i] for i in row] for row in rows], wants, steps, torch.device("cpu"))
     known = {sample.id: sample for sample in samples}
-    width = max(sum(len(known[i].ids) for i in row) for row in rows)
+    width = rounded(max(sum(len(known[i].ids) for i in row) for row in rows))
+    assert batch.unroll.starts.shape[1] % STRIDE == 0 or batch.unroll.starts.shape[1] == width
     unroll = batch.unroll
     assert unroll.ids.shape == unroll.segments.shape == unroll.positions.shape == batch.log_z.shape == (4, width)
     assert batch.positions == sum(len(sample.ids) for sample in samples)

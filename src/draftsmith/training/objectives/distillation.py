@@ -17,12 +17,13 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from draftsmith.data.features import StoredSample
 from draftsmith.drafters.standalone import Standalone
 from draftsmith.numerics.distributions import flatness_from_log_norm
-from draftsmith.numerics.losses import Loss, chunked_head_loss, total_variation
+from draftsmith.numerics.losses import Loss, chunked_head_loss, rounded, total_variation
 from draftsmith.selection.tokens import RowFacts, chain_survival
 from draftsmith.target.protocol import FeatureSpec
 from draftsmith.training.batches import REFERENCE
@@ -122,14 +123,16 @@ class DistillationObjective:
 
 
 def collate(rows: Sequence[Sequence[StoredSample]], device: torch.device) -> DistillationBatch:
-    """Pack samples into rows; the rows are padded to the longest."""
+    """Pack samples into rows, padded to the longest and on to a multiple (`rounded`)."""
     numbers = iter(range(sum(map(len, rows))))
     held = set.intersection(*(set(s.statistics) for row in rows for s in row))
     names = {name for name in held if name == "log_norm" or name.startswith(REFERENCE)}
 
     def packed(column: Callable[[StoredSample], Tensor], fill: float = 0) -> Tensor:
         lines = [torch.cat([column(sample) for sample in row]) for row in rows]
-        return pad_sequence(lines, batch_first=True, padding_value=fill).to(device)
+        joined = pad_sequence(lines, batch_first=True, padding_value=fill)
+        surplus = rounded(joined.shape[1]) - joined.shape[1]
+        return pad(joined, (0, 0) * (joined.dim() - 2) + (0, surplus), value=fill).to(device)
 
     return DistillationBatch(
         ids=packed(lambda s: s.ids),
