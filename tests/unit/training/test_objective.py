@@ -163,7 +163,8 @@ def test_what_is_taught_is_the_token_after_the_one_read() -> None:
 
     def judge(log_p: Tensor, log_q: Tensor) -> Tensor:
         assert torch.allclose(log_p.exp().sum(-1), torch.ones(len(log_p)))
-        taught.extend((step, token) for token in log_p.argmax(-1).tolist())
+        sure = log_p.max(-1).values > -1e-3  # what fills a block up is taught nothing: its teacher is uniform
+        taught.extend((step, token) for token in log_p[sure].argmax(-1).tolist())
         return log_q.sum(-1)
 
     objective = Eagle3Objective(head, torch.eye(VOCAB), judge)
