@@ -8,17 +8,18 @@ print(answer.text, answer.acceptance_length)
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
-from draftsmith.decoding.composition import Composition, Single
+from draftsmith.decoding.building import build
+from draftsmith.decoding.composition import Composition
 from draftsmith.decoding.engine import Engine, Piece
 from draftsmith.decoding.growth import Growth, GrowthOptions
+from draftsmith.decoding.stored import GROWTH_FILES, drafter_folder, members, run_growth
 from draftsmith.decoding.trace import Generation
-from draftsmith.drafters import checkpoint
+from draftsmith.drafters.base import Drafter
 from draftsmith.evaluation import metrics
-from draftsmith.foundation import artefacts
 from draftsmith.foundation.errors import UserError
 from draftsmith.foundation.options import load_yaml, validate
 from draftsmith.target import chat
@@ -27,7 +28,7 @@ from draftsmith.target.detokenise import Detokeniser
 from draftsmith.target.model import HFTarget, load_target
 from draftsmith.target.sampling import Sampling
 
-GROWTH_FILES = ("growth/growth.json", "growth.json")
+__all__ = ["GROWTH_FILES", "Answer", "Model", "Stream", "TextPiece", "load", "run_growth", "run_target"]
 
 
 @dataclass(frozen=True)
@@ -235,40 +236,45 @@ class Model:
 
 def load(
     target: str | Path | HFTarget | None = None,
-    drafters: str | Path | None = None,
+    drafters: str | Path | Mapping[str, str | Path | Drafter] | None = None,
     growth: GrowthOptions | Growth | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    compose: str | Mapping[str, object] | None = None,
 ) -> Model:
-    """Load a target and, if named, a drafter for it.
+    """Load a target and, if named, a drafter for it, or several put together.
 
     Args:
         target: folder, hub id, GGUF file, `smollm2`, or one that is loaded already; None: the target of the run that
             `drafters` names.
-        drafters: a drafter artefact or a run's folder (its drafter, and the growth that was chosen for it); None
-            decodes plainly.
+        drafters: a drafter artefact or a run's folder (its drafter, and the growth that was chosen for it), or several
+            by name; None decodes plainly.
         growth: how trees grow; default: the run's, else `GrowthOptions()`.
+        compose: how several are put together, such as `merge:trie(math,chat,ngram,budget=15)` (`decoding/
+            specification.py`); `ngram` is always there, a single folder is called `drafter`.
         dtype, device: as in `load_target`; `auto` for a run's own target means those of the run.
 
     Raises:
         UserError: something is not there, is damaged, or was trained for another target.
     """
+    named = {"drafter": drafters} if isinstance(drafters, str | Path) else dict(drafters or {})
     if target is None:
-        if drafters is None:
+        folders = [Path(d) for d in named.values() if isinstance(d, str | Path)]
+        if not folders:
             raise UserError("name a target: a folder, a hub id, a GGUF file or smollm2")
-        target, *own = run_target(Path(drafters))
+        target, *own = run_target(next((f for f in folders if (f / "recipe.yaml").is_file()), folders[0]))
         dtype, device = (one if given == "auto" else given for given, one in zip((dtype, device), own, strict=True))
     loaded = target if isinstance(target, HFTarget) else load_target(target, dtype, device)
-    if drafters is None:
+    if not named and compose is None:
         return Model(loaded)
-    folder = Path(drafters)
-    run = folder if not (folder / artefacts.MANIFEST).is_file() and (folder / "drafter").exists() else None
-    if run is None and not folder.exists():
-        raise UserError(f"{folder} does not exist: give the folder of a drafter or of a run")
-    head = checkpoint.load_drafter(run / "drafter" if run else folder, loaded)
-    if growth is None:
-        growth = run_growth(run) if run else GrowthOptions()
-    return Model(loaded, Single(head, growth.build() if isinstance(growth, GrowthOptions) else growth))
+    if compose is None and len(named) > 1:
+        raise UserError(f"say how {', '.join(named)} are put together: compose='merge:trie({','.join(named)})'")
+    for folder in (d for d in named.values() if isinstance(d, str | Path)):
+        drafter_folder(Path(folder))
+    found = members(named, loaded)
+    if growth is not None:
+        found = {name: replace(member, growth=None) for name, member in found.items()}
+    return Model(loaded, build(compose or next(iter(named)), found, growth, loaded.tokenizer.decode))
 
 
 def run_target(run: Path) -> tuple[str, str, str]:
@@ -289,12 +295,6 @@ def run_target(run: Path) -> tuple[str, str, str]:
     if not isinstance(o.get("name"), str):
         raise UserError(f"{path}: target.name is missing: name the target")
     return str(o["name"]), str(o.get("dtype") or "auto"), str(o.get("device") or "auto")
-
-
-def run_growth(run: Path) -> GrowthOptions:
-    """The growth that was chosen for a run's drafter, or the default one where none was."""
-    path = next((run / name for name in GROWTH_FILES if (run / name).is_file()), None)
-    return GrowthOptions() if path is None else validate(GrowthOptions, artefacts.read_json(path), str(path))
 
 
 def _is_several(prompt: Sequence[object]) -> bool:

@@ -122,6 +122,13 @@ def bench(
     drafters: Annotated[
         list[str] | None, typer.Option(help="name=path of a run or a drafter (several times); default: the run's own.")
     ] = None,
+    compose: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Drafters put together, such as trie='merge:trie(math,chat,ngram,budget=15)' (several times); "
+            "docs/specialists.md."
+        ),
+    ] = None,
     baselines: Annotated[
         list[str] | None,
         typer.Option(
@@ -156,6 +163,7 @@ def bench(
     wanted = measuring.Asked(
         benchmark or [],
         drafters or [],
+        compose or [],
         baselines or [],
         assistant_tokens,
         {**given, "temperatures": measuring.numbers(temperatures)},
@@ -276,11 +284,47 @@ def chat(
     seed: Annotated[int, typer.Option()] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
     plain: Annotated[bool, typer.Option("--plain", help="Without the drafter.")] = False,
+    drafter: Annotated[
+        list[str] | None, typer.Option(help="name=path of a run or a drafter (several times); default: the run's own.")
+    ] = None,
+    compose: Annotated[
+        str | None, typer.Option(help="How they are put together: merge:trie(math,chat,ngram,budget=15)")
+    ] = None,
 ) -> None:
     """Talk to the target with the run's drafter; tokens are coloured by who wrote them."""
     from draftsmith.commands.chat import chat as talk
 
-    talk(run, target, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens, plain=plain, prompt=prompt)
+    talk(
+        run,
+        target,
+        temperature=temperature,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        plain=plain,
+        prompt=prompt,
+        drafters=drafter or [],
+        compose=compose,
+    )
+
+
+@app.command()
+def calibrate(
+    overrides: Overrides = None,
+    run: RunFolder = RUN,
+    recipe: RecipeName = None,
+    drafter: Annotated[
+        list[str] | None, typer.Option(help="name=path of a run or a drafter, or ngram; default: the run's own.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write all of them into one file, by name.")] = None,
+    router: Annotated[
+        Path | None, typer.Option(help="Also fit a router for route:learned over these drafters, and write it here.")
+    ] = None,
+) -> None:
+    """Fit the temperatures of drafters on the run's dev answers, by replay; merge:trie reads them if asked."""
+    from draftsmith.commands import stage
+    from draftsmith.commands.calibrate import calibrate as fit
+
+    fit(stage.opened(run, recipe, overrides or []), drafter or [], out, router)
 
 
 @app.command()

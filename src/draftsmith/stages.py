@@ -295,6 +295,11 @@ def dev_by_set(run: Run, store: FeatureStore) -> dict[str, list[StoredAnswer]]:
     return answers
 
 
+def dev_answers(run: Run) -> list[StoredAnswer]:
+    """The run's dev answers with their states, to replay."""
+    return [answer for own in _dev_by_set(run, stored_features(run)).values() for answer in own]
+
+
 def vocabulary(run: Run) -> VocabMap:
     """The draft vocabulary: the tokens that the target is expected to write most, end and special tokens always.
 

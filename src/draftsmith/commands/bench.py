@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +12,10 @@ from draftsmith import api
 from draftsmith.data.benchmarks import load_benchmark
 from draftsmith.data.conversations import Conversation
 from draftsmith.data.served import ServerOptions
+from draftsmith.decoding.building import build
 from draftsmith.decoding.composition import Composition, Single
 from draftsmith.decoding.growth import GrowthOptions
+from draftsmith.decoding.stored import members, pairs
 from draftsmith.drafters import standalone
 from draftsmith.drafters.ngram import NgramDrafter, NgramOptions
 from draftsmith.evaluation import bench as benching
@@ -42,6 +45,7 @@ class Asked:
     Attributes:
         benchmarks: names or files, each may hold several, by commas.
         drafters: `name=path` of a run or a drafter, or a path alone.
+        compose: `name=specification` of compositions over those drafters, or a specification alone.
         baselines: of `BASELINES`, each may hold several, by commas.
         assistant_tokens: drafted by transformers' assistant in a round; None leaves it to transformers.
         options: those of `BenchOptions` that were given.
@@ -49,6 +53,7 @@ class Asked:
 
     benchmarks: Sequence[str]
     drafters: Sequence[str] = ()
+    compose: Sequence[str] = ()
     baselines: Sequence[str] = ()
     assistant_tokens: int | None = None
     options: Mapping[str, object] = field(default_factory=dict)
@@ -68,13 +73,14 @@ def bench(run: Run, asked: Asked, out: Path, redo: bool = False) -> list[Result]
         raise UserError(f"{out} is a file: --out wants a folder")
     target = run.target
     drafters = _drafters(run, asked.drafters)
-    compositions = {name: composition(target, name, path) for name, path in drafters.items()}
+    compositions = composed(target, drafters, asked.compose)
     modes = peers(target, asked.baselines, asked.assistant_tokens, compositions)
     if not compositions and not modes:
-        raise UserError("nothing is measured beside plain decoding: give --drafters or --baselines")
+        raise UserError("nothing is measured beside plain decoding: give --drafters, --compose or --baselines")
     conditions = {
         "sets": {name: _digest(found) for name, found in sets.items()},
         "drafters": {name: _identity(Path(path)) for name, path in drafters.items()},
+        "compose": list(asked.compose),
         "baselines": _split(asked.baselines),
         "assistant_tokens": asked.assistant_tokens,
     }
@@ -130,7 +136,8 @@ def numbers(text: str | None) -> list[float] | None:
 def refuse_without_benchmark(asked: Asked, out: Path | None) -> None:
     """Options that only `--benchmark` reads are refused where there is none: the stage has the recipe's."""
     given = [f"--{name.replace('_', '-')}" for name, value in asked.options.items() if value is not None]
-    given += ["--drafters"] * bool(asked.drafters) + ["--baselines"] * bool(asked.baselines) + ["--out"] * bool(out)
+    given += ["--drafters"] * bool(asked.drafters) + ["--compose"] * bool(asked.compose)
+    given += ["--baselines"] * bool(asked.baselines) + ["--out"] * bool(out)
     if given:
         raise UserError(
             f"{given[0]} belongs to --benchmark; the run's own bench is set in the recipe, for instance "
@@ -138,10 +145,16 @@ def refuse_without_benchmark(asked: Asked, out: Path | None) -> None:
         )
 
 
-def composition(target: HFTarget, name: str, path: str) -> Composition:
-    """Who drafts under a name: the drafter of a run (with its tree), or one by its folder."""
-    made = api.load(target, drafters=path).composition
-    assert made is not None
+def composed(target: HFTarget, drafters: Mapping[str, str], compose: Sequence[str]) -> dict[str, Composition]:
+    """Who drafts under each name: every drafter alone (a run's with its tree), and every composition of them."""
+    available = members(drafters, target)
+    made: dict[str, Composition] = {name: build(name, available) for name in drafters}
+    for one in compose:
+        label = re.match(r"([\w.+-]+)=", one)
+        name, spec = (label.group(1), one[label.end() :]) if label else (one, one)
+        if name in made:
+            raise UserError(f"--compose {one}: something else is called {name}; write name=specification")
+        made[name] = build(spec, available, text=target.tokenizer.decode)
     return made
 
 
@@ -195,18 +208,9 @@ def _assistant(given: str) -> Path:
 
 
 def _drafters(run: Run, given: Sequence[str]) -> dict[str, str]:
-    if not given:
-        return {"drafter": str(run.folder)} if (run.folder / "drafter" / artefacts.MANIFEST).is_file() else {}
-    found: dict[str, str] = {}
-    for one in given:
-        name, equals, path = one.partition("=")
-        name, path = (name, path) if equals else (Path(one).name, one)
-        if not name or not path:
-            raise UserError(f"--drafters {one}: write name=path, or a path")
-        if name in found:
-            raise UserError(f"--drafters {one}: there is another drafter called {name}; give it a name: other={path}")
-        found[name] = path
-    return found
+    if given:
+        return pairs(given)
+    return {"drafter": str(run.folder)} if (run.folder / "drafter" / artefacts.MANIFEST).is_file() else {}
 
 
 def _split(given: Sequence[str]) -> list[str]:

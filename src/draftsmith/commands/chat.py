@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from draftsmith.api import Model, Stream, TextPiece, load, run_target
 from draftsmith.commands.terminal import coloured, write_styled
+from draftsmith.decoding.stored import pairs
 from draftsmith.foundation import console
 from draftsmith.foundation.errors import UserError
 
@@ -33,6 +34,8 @@ def chat(
     plain: bool = False,
     prompt: str | None = None,
     read: Callable[[], str] | None = None,
+    drafters: Sequence[str] = (),
+    compose: str | None = None,
 ) -> None:
     """Hold a conversation, or answer `prompt` and end.
 
@@ -42,6 +45,8 @@ def chat(
         temperature, seed, max_new_tokens: as in `Model.generate`.
         plain: without the drafter.
         prompt: one message to answer.
+        drafters, compose: `name=path` of several drafters and how they are put together, instead of the run's own; the
+            run still says which target.
         read: where the user's lines come from (EOFError ends the conversation); default: the keyboard.
 
     Raises:
@@ -50,8 +55,9 @@ def chat(
     dtype = device = "auto"
     if target is None:
         target, dtype, device = run_target(run)
+    spec = None if plain else compose
     converse(
-        load(target, None if plain else run, dtype=dtype, device=device),
+        load(target, None if plain else pairs(drafters) or run, dtype=dtype, device=device, compose=spec),
         temperature=temperature,
         seed=seed,
         max_new_tokens=max_new_tokens,
