@@ -297,7 +297,7 @@ def dev_by_set(run: Run, store: FeatureStore) -> dict[str, list[StoredAnswer]]:
 
 def dev_answers(run: Run) -> list[StoredAnswer]:
     """The run's dev answers with their states, to replay."""
-    return [answer for own in _dev_by_set(run, stored_features(run)).values() for answer in own]
+    return [answer for own in dev_by_set(run, stored_features(run)).values() for answer in own]
 
 
 def vocabulary(run: Run) -> VocabMap:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from draftsmith.decoding.averaging import averaged
 from draftsmith.decoding.calibration import Tempered
@@ -27,7 +27,10 @@ from draftsmith.decoding.specification import (
     TrieOptions,
     parse,
 )
+from draftsmith.decoding.stacked import Stacked
 from draftsmith.drafters.base import Drafter
+from draftsmith.drafters.head import Head
+from draftsmith.drafters.shared_trunk import alike, stacked
 from draftsmith.foundation.artefacts import read_json
 from draftsmith.foundation.errors import UserError
 
@@ -87,6 +90,8 @@ class _Builder:
         own = options.calibrated if isinstance(options, ConfidenceOptions) else calibrated
         parts = tuple(self.composition(member, own or calibrated) for member in spec.members)
         self.refuse(spec, parts)
+        if (together := side_by_side(spec, parts)) is not None:
+            return together
         match spec.kind:
             case "merge:concat":
                 return Merge(parts, "concat")
@@ -176,6 +181,20 @@ class _Builder:
             each: list[Any] = [g for g, _ in shapes]
             draft = sum(_drafting(options.profile, g.depth, g.width) for g in each)
         return stored_round_costs(options.profile, budget, 1, 1, draft, options.sequences)
+
+
+def side_by_side(spec: Combined, parts: Sequence[Composition]) -> Stacked | None:
+    """Specialists of one trunk with one growth, in one batched pass; None for other members or ways."""
+    ways: dict[str, Literal["trie", "concat", "confidence"]]
+    ways = {"merge:trie": "trie", "merge:concat": "concat", "route:confidence": "confidence"}
+    singles = [part for part in parts if isinstance(part, Single)]
+    if spec.kind not in ways or len(singles) < len(parts) or any(p.growth != singles[0].growth for p in singles):
+        return None
+    if getattr(spec.options, "profile", None) or not alike([p.drafter for p in singles]):
+        return None
+    heads = {p.name: p.drafter for p in singles if isinstance(p.drafter, Head)}
+    nodes = getattr(spec.options, "budget", None)
+    return Stacked(stacked(heads), singles[0].growth, tuple(heads), ways[spec.kind], nodes)
 
 
 def _drafting(profile: Path, depth: int, width: int) -> float:

@@ -184,6 +184,7 @@ class _Run:
         share = len(live)
         counts = tree.counts.tolist()
         owners = tree.owner.tolist()
+        names = self.composition.names if self.composition else ()
         for b in live:
             accepted = len(verdict.nodes[b])
             self.rounds[b].append(
@@ -199,6 +200,7 @@ class _Run:
                     draft_ms=draft_ms / share,
                     verify_ms=verify_ms / share,
                     rest_ms=rest_ms / share,
+                    drafted=tuple(owners[b][: counts[b]].count(i) for i in range(len(names))),
                 )
             )
             self.spent[b] += (draft_ms + verify_ms + rest_ms) / share

@@ -184,6 +184,12 @@ class HedgeRule:
         return len(weights) - 1
 
 
+def carries(composition: Composition) -> bool:
+    """Whether what it decoded before changes how it drafts: requests then have an order."""
+    rule = getattr(composition, "rule", None)
+    return (isinstance(rule, HedgeRule) and rule.carry > 0) or any(map(carries, getattr(composition, "parts", ())))
+
+
 def hedged(parts: Sequence[Single], **options: Any) -> Route:
     """Full-information routing over drafters; `options` are `HedgeRule`'s."""
     members: tuple[Composition, ...] = tuple(Single(Counted(p.drafter), p.growth, p.name) for p in parts)

@@ -29,6 +29,7 @@ class Round:
         owners: for each accepted token, the number of the drafter it came from.
         context: committed tokens (prompt included) before the round.
         draft_ms, verify_ms, rest_ms: where the round's time went.
+        drafted: verified nodes of each drafter, by number; they add up to `nodes`. Empty where it was not written down.
     """
 
     request: int
@@ -42,6 +43,7 @@ class Round:
     draft_ms: float
     verify_ms: float
     rest_ms: float
+    drafted: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.accepted < 0 or self.reached - self.accepted not in (0, 1):
@@ -52,18 +54,21 @@ class Round:
             raise ValueError(f"committed must be accepted + 1 and kept at most that, got {self}")
         if len(self.owners) != self.accepted or self.nodes < self.reached:
             raise ValueError(f"one owner for each accepted token and a node for each depth reached, got {self}")
+        if self.drafted and sum(self.drafted) != self.nodes:
+            raise ValueError(f"the drafters' nodes must add up to {self.nodes}, got {self.drafted}")
 
     def to_row(self) -> dict[str, object]:
         """The round as a JSON object."""
-        return {**asdict(self), "owners": list(self.owners)}
+        return {**asdict(self), "owners": list(self.owners), "drafted": list(self.drafted)}
 
     @classmethod
     def from_row(cls, row: Mapping[str, object]) -> Round:
         """The round of `to_row`. Raises UserError when a field is missing or the counts contradict each other."""
-        values = _fields(row, [f.name for f in fields(cls)], "round")
+        values = _fields(row, [f.name for f in fields(cls) if f.name != "drafted"], "round")
         try:
             owners = tuple(cast(Sequence[int], values.pop("owners")))
-            return cls(owners=owners, **values)  # type: ignore[arg-type]
+            drafted = tuple(cast(Sequence[int], row.get("drafted", ())))
+            return cls(owners=owners, drafted=drafted, **values)  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
             raise UserError(f"a round of the trace is not valid: {error}; decode again") from error
 

@@ -195,6 +195,22 @@ def by_owner(generations: Iterable[Generation], drafters: int) -> list[list[int]
     return [[tally[owner, depth] for depth in range(deepest)] for owner in range(drafters)]
 
 
+def nodes_by_owner(generations: Iterable[Generation], drafters: int) -> list[int]:
+    """Verified nodes of each drafter; rounds whose trace does not say count for none."""
+    rounds = [r for g in generations for r in g.rounds]
+    return [sum(r.drafted[owner] for r in rounds if owner < len(r.drafted)) for owner in range(drafters)]
+
+
+def routing_shares(generations: Iterable[Generation], drafters: int) -> list[float]:
+    """Of the rounds that drafted anything, the share in which each drafter had a node in the tree: for a route the
+    shares add up to 1, for a merge each may be near 1."""
+    rounds = [r for g in generations for r in g.rounds if r.drafted and r.nodes]
+    return [
+        _ratio(sum(owner < len(r.drafted) and r.drafted[owner] > 0 for r in rounds), len(rounds))
+        for owner in range(drafters)
+    ]
+
+
 def vllm(counts: Counts) -> Mapping[str, float | list[float]]:
     """What vLLM prints (v1/spec_decode/metrics.py): length, accepted ÷ drafted, accepted ÷ rounds for each position.
 

@@ -9,6 +9,7 @@ import torch
 from draftsmith.data.features import StoredSample
 from draftsmith.decoding.composition import Composition
 from draftsmith.decoding.engine import Engine
+from draftsmith.decoding.hedging import carries
 from draftsmith.decoding.trace import Generation
 from draftsmith.target.protocol import TargetSpec
 from draftsmith.target.replay import ReplayTarget, StoredAnswer
@@ -37,9 +38,12 @@ def replay(
 ) -> list[Generation]:
     """The rounds in which the engine would write these answers: in exact arithmetic those of decoding them anew.
 
+    A composition that learns from one request for the next (`hedging.carries`) gets them one by one in their order.
     `device` is where the drafters are, the CPU by default.
     """
     order = sorted(range(len(answers)), key=lambda i: -len(answers[i].ids))
+    if carries(composition):
+        order, batch = list(range(len(answers))), 1
     found: dict[int, Generation] = {}
     for first in range(0, len(order), batch):
         group = order[first : first + batch]

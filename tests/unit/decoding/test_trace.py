@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -43,6 +44,7 @@ def test_generation_survives_json() -> None:
         {"kept": 4},
         {"owners": (0,)},
         {"nodes": 2},
+        {"drafted": (3, 3)},
         {"accepted": -1, "committed": 0, "reached": 0, "owners": (), "kept": 0},
     ],
 )
@@ -65,3 +67,11 @@ def test_missing_fields_and_unknown_endings_are_named() -> None:
     del without["kept"]
     with pytest.raises(UserError, match="'kept'"):
         Round.from_row(without)
+
+
+def test_nodes_by_drafter_are_kept_and_may_be_missing() -> None:
+    told = replace(ROUND, drafted=(5, 2))
+    assert Round.from_row(json.loads(json.dumps(told.to_row()))) == told
+    row = told.to_row()
+    del row["drafted"]
+    assert Round.from_row(row) == ROUND
