@@ -31,7 +31,8 @@ def calibrate(run: Run, drafters: Sequence[str], out: Path | None = None, router
     """
     named = pairs(drafters) or {"drafter": str(run.folder)}
     target = run.target
-    available = {name: m for name, m in members(named, target).items() if name in named}
+    everyone = members(named, target)
+    available = {name: everyone[name] for name in named}
     growth = run_growth(run.folder).build()
     answers = dev_answers(run)
     found: dict[str, Any] = {}

@@ -72,6 +72,7 @@ def bench(
     Returns:
         The rows of all units that were measured, now or before, one for each answer: `set`, `id`, `prompt` (the last
         user message), `temperature`, `repeat`, `mode` (`plain`, `speculative`), `drafters` (None for plain rows),
+        `members` (the drafters' names by number),
         `engine` (`draftsmith`, `transformers`, `server`), `against` (the mode that speed-ups are over), `node_budget`,
         `generation` (`Generation.to_row`, a plain one without rounds), `first_token_ms`, `pieces` (a text for each
         token), `origins` (the drafter of each token, −1 for the target's own), `depths` (in the tree, 0 for the
@@ -239,6 +240,7 @@ def _rows(
                 "repeat": unit.repeat,
                 "mode": PLAIN if mode.name == PLAIN else "speculative",
                 "drafters": None if mode.name == PLAIN else mode.name,
+                "members": list(getattr(mode, "members", ())),
                 "engine": mode.engine,
                 "against": mode.against,
                 "node_budget": mode.node_budget,

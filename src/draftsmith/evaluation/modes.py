@@ -80,6 +80,12 @@ class EngineMode:
     def node_budget(self) -> int | None:
         return self.composition.budget if self.composition else None
 
+    @property
+    def members(self) -> tuple[str, ...]:
+        """The drafters' names by number, as traces' owners count them; none where there is no more than one."""
+        names = self.composition.names if self.composition else ()
+        return names if len(names) > 1 else ()
+
     def decode(
         self, prompts: Sequence[Sequence[int]], requests: Sequence[str], sampling: Sampling, max_new_tokens: int
     ) -> list[Decoded]:

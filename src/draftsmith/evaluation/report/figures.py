@@ -236,13 +236,15 @@ def owners(groups: Sequence[Group]) -> Plot | None:
     groups = [g for g in groups if len(g.owners) > 1]
     if not groups:
         return None
-    names = groups[0].owners
+    names = list(dict.fromkeys(name for g in groups for name in g.owners))
     figure, axes = canvas(0.95 + 0.42 * len(groups))
     places = np.arange(len(groups))[::-1]
     left = np.zeros(len(groups))
+    tokens = [
+        dict(zip(g.owners, map(sum, metrics.by_owner(g.generations, len(g.owners))), strict=True)) for g in groups
+    ]
     for i, name in enumerate(names):
-        tokens = [metrics.by_owner(g.generations, len(g.owners)) for g in groups]
-        share = np.array([100 * sum(t[i]) / max(1, sum(map(sum, t))) if i < len(t) else 0.0 for t in tokens])
+        share = np.array([100 * own.get(name, 0) / max(1, sum(own.values())) for own in tokens])
         axes.barh(places, share, left=left, height=0.55, color=SERIES[i % len(SERIES)], label=name, edgecolor=PAPER)
         left += share
     _rows(axes, places, [g.label for g in groups])

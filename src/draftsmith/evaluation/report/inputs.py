@@ -4,6 +4,7 @@ summary.json      results and stage times (docs/summary.md)
 bench.jsonl       a row for each answer: {"set", "id", "prompt", "temperature", "mode": "plain" | "speculative",
                   "generation": Generation.to_row(), "pieces": [token text], "origins": [-1 target, else the drafter's
                   number], "depths": [depth in the tree, 0 for the target's]} and, with several compositions, "drafters"
+                  (whose names by number are "members")
 training.jsonl    {"step", "loss", "loss_by_step": [...], "lr", "seconds", "positions_per_second"} and
                   {"step", "dev_acceptance_length", ...}
 selection.json    [{"id", "score", "kept", "tokens"?}, ...], or an object with these as "rows" or "samples"
@@ -41,6 +42,7 @@ class Answer:
     pieces: list[str]
     origins: list[int]
     depths: list[int]
+    members: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,7 @@ def _answer(row: Mapping[str, Any]) -> Answer:
         pieces=pieces,
         origins=origins,
         depths=depths,
+        members=tuple(map(str, row.get("members") or ())),
     )
 
 

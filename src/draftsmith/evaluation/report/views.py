@@ -66,7 +66,7 @@ class Group:
     def owners(self) -> list[str]:
         """The drafters' names, by number."""
         highest = max((owner for g in self.generations for r in g.rounds for owner in r.owners), default=0)
-        names = [name.strip() for name in self.drafters.split("+")]
+        names = list(self.pairs[0].answer.members) or [name.strip() for name in self.drafters.split("+")]
         return names if len(names) > highest else [f"drafter {i + 1}" for i in range(highest + 1)]
 
     def typical(self) -> Pair:
