@@ -29,6 +29,7 @@ from draftsmith.foundation.errors import UserError
 from draftsmith.numerics.distributions import flatness_from_log_norm
 from draftsmith.stages import chosen_growth, dev_by_set, read_selection, stored_features
 from draftsmith.target.detokenise import token_texts
+from draftsmith.training.algorithms import TITLES
 
 if TYPE_CHECKING:
     from draftsmith.pipeline import Run
@@ -90,12 +91,11 @@ def facts(run: Run, public: bool = False) -> dict[str, object]:
     if public and o.data.path and Path(o.data.path).exists():
         asked = Path(o.data.path).name
     answers = "the file's own answers" if o.data.keep_answers else "answers by the target"
-    drafter = artefacts.opened(run.path("train"), "drafter", checksums=False)["drafter"]
     return {
         "data": f"{asked}; {answers}; {len(selection.kept)} samples kept by {o.select.method}, "
         f"{selection.tokens_kept} answer tokens",
-        "training": f"{drafter}, {o.drafter.draft_vocab_size} draft tokens, {training['steps']} steps, best checkpoint "
-        f"at {training['best_step']}",
+        "training": f"{TITLES[o.drafter.kind]}, {o.drafter.draft_vocab_size} draft tokens, {training['steps']} steps, "
+        f"best checkpoint at {training['best_step']}",
         "training_cost": {
             name: f"{seconds:.0f} s" for name, seconds in run.seconds().items() if name not in ("bench", NAME)
         },

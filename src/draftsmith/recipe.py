@@ -16,7 +16,10 @@ from draftsmith.foundation import options
 from draftsmith.foundation.errors import UserError
 from draftsmith.foundation.options import Options
 from draftsmith.selection.samples import SelectionOptions
+from draftsmith.training.algorithms import Kind
 from draftsmith.training.dev import DeployOptions
+from draftsmith.training.objectives.eagle import EagleLossOptions
+from draftsmith.training.objectives.hass import HassLossOptions
 from draftsmith.training.options import TrainOptions
 from draftsmith.training.trackers import TrackingOptions
 
@@ -97,9 +100,16 @@ class SelectOptions(SelectionOptions):
 class DrafterOptions(Options):
     """The drafter to train."""
 
-    draft_vocab_size: int = Field(default=4096, ge=16, description="tokens it may propose")
+    kind: Kind = Field(
+        default="eagle3",
+        description="a head: EAGLE-3's; EAGLE's (also called EAGLE-2 after the trees that it drafts); the same head "
+        "trained as HASS does",
+    )
+    draft_vocab_size: int = Field(
+        default=4096, ge=16, description="tokens it may propose; servers let eagle and hass heads propose all"
+    )
     layers: tuple[int, ...] | None = Field(
-        default=None, description="auxiliary layers; default 2, n//2, n-3, as servers assume"
+        default=None, description="auxiliary layers of an eagle3 head; default 2, n//2, n-3, as servers assume"
     )
 
 
@@ -147,6 +157,8 @@ class Recipe(Options):
     select: SelectOptions = SelectOptions()
     drafter: DrafterOptions = DrafterOptions()
     train: TrainOptions = TrainOptions(seconds=300)
+    eagle: EagleLossOptions = EagleLossOptions()
+    hass: HassLossOptions = HassLossOptions()
     tracking: TrackingOptions = TrackingOptions()
     growth: GrowthOptions = Field(default=GrowthOptions(), description="the tree that training's replays use")
     deploy: DeployOptions | None = Field(

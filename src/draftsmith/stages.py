@@ -17,17 +17,16 @@ from draftsmith.data.features import FeatureStore
 from draftsmith.data.prompts import make_prompts, templates_digest
 from draftsmith.data.rows import SUFFIXES
 from draftsmith.data.samples import Sample, samples_of
-from draftsmith.decoding.composition import Single
+from draftsmith.decoding.composition import Composition, Single
 from draftsmith.decoding.growth import GrowthOptions
 from draftsmith.drafters.checkpoint import load_drafter
-from draftsmith.drafters.eagle3 import Eagle3, auxiliary_layers, eagle3_options
+from draftsmith.drafters.head import Head
 from draftsmith.evaluation import bench as benching
 from draftsmith.evaluation import tuning
 from draftsmith.evaluation.replayed import stored_answer
 from draftsmith.foundation import artefacts, console, seeding
 from draftsmith.foundation.errors import StaleError, UserError
 from draftsmith.foundation.options import validate
-from draftsmith.numerics import losses
 from draftsmith.numerics.distributions import TokenStatistics
 from draftsmith.recipe import Recipe
 from draftsmith.selection.samples import ScoredSample, Selection
@@ -36,8 +35,9 @@ from draftsmith.selection.scores import SCORES, Evidence, token_scores
 from draftsmith.target.protocol import FeatureSpec
 from draftsmith.target.replay import StoredAnswer
 from draftsmith.target.vocabulary import VocabMap
+from draftsmith.training import algorithms
 from draftsmith.training.dev import Dev
-from draftsmith.training.objectives.eagle3 import Eagle3Objective
+from draftsmith.training.objectives.base import Objective
 from draftsmith.training.trackers import tracking
 from draftsmith.training.trainer import train as training
 
@@ -153,9 +153,10 @@ def _made_by(run: Run) -> dict[str, object]:
     return {"target": run.target.spec.fingerprint}
 
 
-def _layers(run: Run) -> tuple[int, ...]:
+def _reads(run: Run) -> FeatureSpec:
+    o = run.recipe.drafter
     try:
-        return auxiliary_layers(run.recipe.drafter.layers, run.target.spec.layers)
+        return algorithms.reads(o.kind, o.layers, run.target.spec)
     except ValueError as problem:
         raise UserError(f"drafter.layers: {problem}") from None
 
@@ -163,8 +164,8 @@ def _layers(run: Run) -> tuple[int, ...]:
 def score(run: Run, out: Path, identity: Identity) -> None:
     """Statistics of every token (kind "features"); with `features.store: all` the hidden states too, in one pass."""
     both = run.recipe.features.store == "all"
-    layers = _layers(run)  # checked here even where they are not read yet
-    want = FeatureSpec(layers, True) if both else FeatureSpec()
+    read = _reads(run)  # checked here even where they are not read yet
+    want = read if both else FeatureSpec()
     samples = _samples(run)
     total = sum(len(samples_of(c, run.target.tokenizer)) for c in _answers(run)) if run.recipe.data.keep_answers else 0
     if total > len(samples):
@@ -264,7 +265,7 @@ def features(run: Run, out: Path, identity: Identity) -> None:
     kept = set(read_selection(run).kept)
     dev = {s.id for s in _samples(run, "dev")}
     samples = [s for s in _samples(run) if s.id in kept or s.id in dev]
-    want = FeatureSpec(_layers(run), True)
+    want = _reads(run)
     _say_size(run, samples, want)
     feature_store.store(run.target, samples, want, run.recipe.features, out, identity)
 
@@ -327,16 +328,16 @@ def train(run: Run, out: Path, identity: Identity) -> None:
     console.say(
         f"draft vocabulary of {console.count(vocab.size)} tokens covers {covered:.1%} of the dev answers{filled}"
     )
-    head = fresh_head(run, vocab)
-    objective = _objective(run, head, vocab)
+    head = algorithms.fresh_head(o.drafter.kind, target, vocab, o.drafter.layers, o.train.seed)
+    objective = _objective(run, head)
     meta: Identity = {**identity, "covered": round(covered, 4)}
     reference = None
     if o.train.reference is not None:
         meta["reference"] = artefacts.checksum(o.train.reference)
         teaching = load_drafter(o.train.reference, target, torch.float32)
-        if not isinstance(teaching, Eagle3):
+        if not isinstance(teaching, Head) or teaching.KIND != head.KIND:
             raise UserError(f"train.reference: {o.train.reference} is no {head.LABEL}, which is what is trained")
-        reference = _objective(run, teaching, teaching.vocab)
+        reference = _objective(run, teaching)
     log = run.folder / "training.jsonl"
     with tracking(o.tracking, run.folder) as track:
         found = training(head, objective, store, kept, dev, o.train, out, log, meta, reference=reference, track=track)
@@ -347,18 +348,9 @@ def train(run: Run, out: Path, identity: Identity) -> None:
     )
 
 
-def _objective(run: Run, head: Eagle3, vocab: VocabMap) -> Eagle3Objective:
-    o = run.recipe.train
-    return Eagle3Objective(
-        head,
-        run.target.output_rows(vocab.target_ids),
-        losses.by_name(o.loss),
-        o.unroll_steps,
-        o.step_decay,
-        o.detach_steps,
-        o.checkpoint_steps,
-        survival="survival" in o.weights.build().needs,
-    )
+def _objective(run: Run, head: Head) -> Objective:
+    o = run.recipe
+    return algorithms.objective(o.drafter.kind, head, run.target, o.train, o.eagle, o.hass)
 
 
 def _say_saved(run: Run, log: Path) -> None:
@@ -373,18 +365,6 @@ def _say_saved(run: Run, log: Path) -> None:
             f"selection saved {console.duration(saved)}: as many epochs over all samples would have taken "
             f"{console.duration(seconds + saved)} instead of {console.duration(seconds)} of training"
         )
-
-
-def fresh_head(run: Run, vocab: VocabMap) -> Eagle3:
-    """An untrained head: seeded weights; its `lm_head` and last norm begin as the target's."""
-    target = run.target
-    config = target.model.config.get_text_config()
-    o = eagle3_options(config, target.spec, vocab.size, _layers(run))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeding.key("head", run.recipe.train.seed) % 2**31)
-        head = Eagle3(o, vocab, target.embedding.float())
-    head.begin_from(target.model.get_output_embeddings().weight, getattr(target.model.base_model, "norm", None))
-    return head.to(target.device)
 
 
 def tune(run: Run, out: Path, identity: Identity) -> None:
@@ -414,7 +394,7 @@ def bench(run: Run, out: Path, identity: Identity) -> None:
     for conversation in read_prompts(run, "test"):
         sets.setdefault(_set_of(conversation), []).append(conversation)
     conditions = {"drafter": artefacts.checksum(run.path("train")), "growth": growth.model_dump(mode="json")}
-    named = {"eagle3": Single(head, growth.build())}
+    named: dict[str, Composition] = {run.recipe.drafter.kind: Single(head, growth.build())}
     with artefacts.writing(out, "bench", identity, resume=True) as scratch:
         try:
             rows = benching.bench(run.target, named, sets, run.recipe.bench, scratch / "bench.jsonl", conditions)

@@ -12,7 +12,7 @@ from draftsmith.decoding.engine import Engine
 from draftsmith.decoding.growth import ChainGrowth, DynamicGrowth, Growth
 from draftsmith.decoding.trace import Generation
 from draftsmith.drafters.base import Frontier, Proposal
-from draftsmith.drafters.eagle3 import Eagle3
+from draftsmith.drafters.head import Head
 from draftsmith.foundation import seeding
 from draftsmith.target.protocol import FeatureSpec, Rows
 from draftsmith.target.sampling import Sampling
@@ -197,10 +197,10 @@ def a_sure_oracle_is_always_accepted(growth: ChainGrowth | DynamicGrowth) -> Non
             written += r.kept
 
 
-def draft_state_is_rewound(head: Eagle3) -> None:
+def draft_state_is_rewound(head: Head) -> None:
     """A head that expanded trees between its observations proposes what a fresh one proposes that only observed."""
     generator = torch.Generator().manual_seed(3)
-    width = head.fc.in_features
+    width = len(head.wants.names) * head.options.hidden_size
     tokens = torch.randint(8, 90, (2, 20), generator=generator)
     features = torch.randn(2, 20, width, generator=generator)
     used, fresh = head.start(2, 64), head.start(2, 64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from draftsmith.decoding.composition import Single
 from draftsmith.decoding.engine import Engine
+from draftsmith.drafters.head import Head
 from draftsmith.target.sampling import Sampling
 from draftsmith.target.vocabulary import VocabMap
 from tests.exactness.checks import (
@@ -20,7 +22,7 @@ from tests.exactness.checks import (
     features_are_of_the_position_before,
     speculative_equals_plain,
 )
-from tests.tiny import END, KINDS, VOCAB, OracleDrafter, prompts, tiny_head, tiny_target
+from tests.tiny import END, KINDS, VOCAB, OracleDrafter, prompts, tiny_eagle, tiny_head, tiny_target
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,8 +106,22 @@ def test_a_sure_oracle_is_always_accepted(growth: str) -> None:
     a_sure_oracle_is_always_accepted(GROWTHS[growth])
 
 
-def test_draft_states_are_rewound() -> None:
-    draft_state_is_rewound(tiny_head())
+@pytest.mark.parametrize("made", [tiny_head, tiny_eagle])
+def test_draft_states_are_rewound(made: Callable[[], Head]) -> None:
+    draft_state_is_rewound(made())
+
+
+@pytest.mark.parametrize("made", [tiny_head, tiny_eagle])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_random_heads_change_nothing(made: Callable[[str], Head], kind: str, temperature: float) -> None:
+    """Nearly all that they propose is wrong, at other depths for each sequence; heads that are right are replayed in
+    tests/integration/test_replay_equals_engine.py."""
+    target, sampling, asked = tiny_target(kind), Sampling(temperature=temperature, seed=6), prompts(3, seed=12)
+    plain = Engine(target).generate(asked, sampling, NEW)
+    found = Engine(target, Single(made(kind), GROWTHS["tree-15"])).generate(asked, sampling, NEW)
+    assert [g.token_ids for g in found] == [g.token_ids for g in plain]
+    assert all(r.nodes > 0 for g in found for r in g.rounds[:-1])
 
 
 @pytest.mark.parametrize("growth", [None, "tree-15"])

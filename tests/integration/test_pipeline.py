@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from draftsmith import recipe
 from draftsmith.commands import stage as commands
 from draftsmith.drafters.checkpoint import load_drafter
 from draftsmith.evaluation.summary import read_summary
 from draftsmith.export.adapter import checker, target_card
+from draftsmith.export.import_ import import_checkpoint
 from draftsmith.export.push import machine_paths
 from draftsmith.export.validate import check
 from draftsmith.foundation import artefacts
@@ -136,6 +138,31 @@ def test_what_is_pushed_names_nothing_of_this_machine(root: Path, monkeypatch: p
     assert str(root) not in "".join(text for name, text in seen.items() if name != "provenance.json")
     with pytest.raises(UserError, match="give one --to"):
         commands.export(root / "run", None, [], ["vllm", "sglang"], "me/drafter")
+
+
+@pytest.mark.parametrize("kind", ["eagle", "hass"])
+def test_other_heads_go_the_whole_way(root: Path, tmp_path: Path, kind: str) -> None:
+    """Trained, tuned, decoded without a loss, exported for both servers, and read back from there."""
+    shutil.copy(root / "recipe.yaml", tmp_path / "recipe.yaml")
+    ended = quickstart(tmp_path / "run", f"drafter.kind={kind}", "export.to=[vllm,sglang]", "train.seed=3")
+    assert ended.code == 0, ended.err
+    rows = read_summary(tmp_path / "run" / "summary.json").results
+    assert [(row.drafters, row.lossless.equal) for row in rows] == [(kind, 2), (kind, 2)]
+    terms = [row["terms"] for row in artefacts.read_jsonl(tmp_path / "run" / "training.jsonl") if "terms" in row]
+    assert {name: len(values) for name, values in terms[0].items()} == (
+        {"feature": 1, "tokens": 1} if kind == "eagle" else {"feature": 3, "tokens": 3}
+    )
+    target = load_target(root / "target", "float32")
+    card, embeddings = target_card(target, str(root / "target")), target.embedding.float()
+    trained = load_drafter(tmp_path / "run" / "drafter", target)
+    for server in ("vllm", "sglang"):
+        folder = tmp_path / "run" / "export" / server
+        assert check(folder, card, embeddings=embeddings, forward=checker(target)) == []
+        again = import_checkpoint(folder, card)
+        assert all(
+            torch.equal(again.tensors[name], t) for name, t in trained.tensors().items() if name in again.tensors
+        )
+        assert again.tensors.keys() == trained.tensors().keys() - {"d2t", "t2d"}
 
 
 def test_running_it_again_does_nothing(root: Path) -> None:

@@ -14,16 +14,17 @@ from draftsmith.decoding.engine import Engine
 from draftsmith.decoding.growth import ChainGrowth, DynamicGrowth, Growth
 from draftsmith.decoding.trace import Generation
 from draftsmith.drafters.base import Drafter
-from draftsmith.drafters.eagle3 import Eagle3
+from draftsmith.drafters.head import Head
 from draftsmith.drafters.unrolled import UnrollBatch
 from draftsmith.target.protocol import FeatureSpec
 from draftsmith.target.replay import ReplayTarget, StoredAnswer
 from draftsmith.target.sampling import Sampling
 from draftsmith.target.vocabulary import VocabMap
-from tests.tiny import VOCAB, OracleDrafter, prompts, tiny_head, tiny_target
+from tests.tiny import VOCAB, OracleDrafter, prompts, tiny_eagle, tiny_head, tiny_target
 
 COUNT, NEW, KIND = 20, 24, "qwen3"
 SAMPLINGS = {"greedy": Sampling(), "sampled": Sampling(temperature=1.0, top_p=0.95, seed=3)}
+HEADS: dict[str, Any] = {"eagle3": tiny_head, "eagle": tiny_eagle}
 GROWTHS: dict[str, Growth] = {
     "chain": ChainGrowth(3),
     "tree": DynamicGrowth(15, 4, 4),
@@ -41,29 +42,29 @@ def answers(name: str) -> tuple[list[list[int]], list[Generation], list[StoredAn
     ids = torch.zeros((COUNT, max(map(len, texts))), dtype=torch.int64)
     for b, text in enumerate(texts):
         ids[b, : len(text)] = torch.tensor(text)
-    layers = tiny_head(KIND).wants
-    hidden = target.read(ids, [len(t) for t in texts], layers)
+    want = tiny_head(KIND).wants | FeatureSpec(final=True)
+    hidden = target.read(ids, [len(t) for t in texts], want)
     stored = [
-        StoredAnswer(text, len(prompt), {k: hidden[k][b, : len(text)] for k in layers.names}, g.finish == "stop")
+        StoredAnswer(text, len(prompt), {k: hidden[k][b, : len(text)] for k in want.names}, g.finish == "stop")
         for b, (text, prompt, g) in enumerate(zip(texts, asked, plain, strict=True))
     ]
     return asked, plain, stored
 
 
 @cache
-def trained_head(name: str) -> Eagle3:
+def trained_head(kind: str, name: str) -> Head:
     """A head over half of the vocabulary, taught the twenty answers for some seconds, so that drafts are accepted."""
     stored = answers(name)[2]
     vocab = VocabMap(torch.arange(VOCAB)[torch.arange(VOCAB) % 4 != 1], VOCAB)
-    head = tiny_head(KIND, vocab, initializer_range=0.05)
+    head = HEADS[kind](KIND, vocab, initializer_range=0.05)
     width = max(len(a.ids) for a in stored)
     ids = torch.zeros((COUNT, width), dtype=torch.int64)
-    features = torch.zeros((COUNT, width, head.fc.in_features))
+    features = torch.zeros((COUNT, width, len(head.wants.names) * head.options.hidden_size))
     segments = torch.full((COUNT, width), -1)
     for b, answer in enumerate(stored):
         n = len(answer.ids)
         ids[b, :n] = torch.tensor(list(answer.ids))
-        features[b, :n] = FeatureSpec(head.wants.layers).gather(answer.hidden)
+        features[b, :n] = head.wants.gather(answer.hidden)
         segments[b, :n] = 0
     steps = 3
     places = torch.arange(width).expand(COUNT, -1)
@@ -75,7 +76,7 @@ def trained_head(name: str) -> Eagle3:
             following = ids.roll(-2 - out.step, 1)
             wanted = vocab.to_draft(following)
             inside = (segments.roll(-2 - out.step, 1) >= 0) & (places < width - 2 - out.step) & (wanted >= 0)
-            loss = loss + F.cross_entropy(head.lm_head(head.norm(out.states))[inside], wanted[inside])
+            loss = loss + F.cross_entropy((head.judged(out.states) @ head.output.T)[inside], wanted[inside])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -95,14 +96,14 @@ def counted(generations: list[Generation]) -> list[Any]:
 
 
 def drafter_of(kind: str, name: str, rows: list[int]) -> Drafter:
-    if kind == "head":
-        return trained_head(name)
+    if kind in HEADS:
+        return trained_head(kind, name)
     return OracleDrafter([answers(name)[2][b].ids for b in rows], 0.6)
 
 
 @pytest.mark.parametrize("name", SAMPLINGS)
 @pytest.mark.parametrize("growth", GROWTHS)
-@pytest.mark.parametrize("kind", ["oracle", "head"])
+@pytest.mark.parametrize("kind", ["oracle", *HEADS])
 @pytest.mark.parametrize("batch", [4, COUNT])
 def test_replay_goes_through_the_engines_rounds(name: str, growth: str, kind: str, batch: int) -> None:
     asked, plain, stored = answers(name)

@@ -29,6 +29,6 @@ def overlaps(
         found = torch.full(batch.unroll.ids.shape, float("nan"), device=objective.head.device)
         out = next(objective.head.unroll(batch.unroll, 1))
         row, start = batch.counted[0].nonzero().unbind(1)
-        found[row, batch.unroll.starts[row, start] + 1] = objective.acceptance(out, batch).float()
+        found[row, batch.unroll.starts[row, start] + 1] = objective.taught(out, batch).acceptance().float()
         for sample, values in zip(samples, found.cpu(), strict=True):
             yield sample, values[: len(sample.ids)]

@@ -16,12 +16,11 @@ from torch import Tensor
 from draftsmith.data.features import StoredSample
 from draftsmith.drafters.eagle3 import Eagle3
 from draftsmith.drafters.unrolled import StepOut
-from draftsmith.numerics.distributions import flatness_from_log_norm
-from draftsmith.numerics.losses import Loss, chunked_head_loss, total_variation
-from draftsmith.selection.tokens import RowFacts
+from draftsmith.numerics.losses import Loss
 from draftsmith.target.protocol import FeatureSpec
-from draftsmith.training.batches import REFERENCE, TrainBatch, collate, counted_starts
+from draftsmith.training.batches import TrainBatch, collate, counted_starts
 from draftsmith.training.objectives.base import StepLosses
+from draftsmith.training.objectives.taught import Taught
 
 
 @dataclass(frozen=True)
@@ -63,45 +62,17 @@ class Eagle3Objective:
     def losses(self, batch: TrainBatch, draw: Sequence[int | str]) -> Iterator[StepLosses]:
         survival = torch.ones_like(batch.samples, dtype=torch.float32) if self.survival else None
         for out in self.head.unroll(batch.unroll, self.steps, self.detach_steps, self.checkpoint_steps):
-            values, where = self.token_losses(out, batch)
-            facts = self._facts(out, batch, where, survival)
-            yield StepLosses("kl", out.step, self.step_decay**out.step, values, facts)
+            rows = self.taught(out, batch)
+            values, _ = self.token_losses(out, batch)
+            yield StepLosses("kl", out.step, self.step_decay**out.step, values, rows.facts(survival))
             if survival is not None and out.step + 1 < self.steps:
-                row, start = where[:, 0], where[:, 1]
-                survival[row, start] *= self.acceptance(out, batch)
+                rows.survived(survival)
+
+    def taught(self, out: StepOut, batch: TrainBatch) -> Taught:
+        """The drafts that count at a step."""
+        return Taught(self.head, self.teacher_weight, batch, out, self.block_rows)
 
     def token_losses(self, out: StepOut, batch: TrainBatch) -> tuple[Tensor, Tensor]:
         """Losses `[N]` of the drafts that count at this step, and where they stand: `[N, 2]` (row, start) indices."""
-        where = batch.counted[out.step].nonzero()
-        return self._against_teacher(out, batch, where, self.loss), where
-
-    @torch.no_grad()
-    def acceptance(self, out: StepOut, batch: TrainBatch) -> Tensor:
-        """`[N]`: Σ min(p, q) of the drafts that count at this step, the mass outside the draft vocabulary lost."""
-        return 1.0 - self._against_teacher(out, batch, batch.counted[out.step].nonzero(), total_variation)
-
-    def _against_teacher(self, out: StepOut, batch: TrainBatch, where: Tensor, loss: Loss) -> Tensor:
-        row, start = where[:, 0], where[:, 1]
-        taught = batch.unroll.starts[row, start] + 1 + out.step
-        return chunked_head_loss(
-            self.head.judged(out.states[row, start]),
-            self.head.output,
-            batch.final[row, taught],
-            self.teacher_weight,
-            batch.log_z[row, taught],
-            loss,
-            self.block_rows,
-        )
-
-    def _facts(self, out: StepOut, batch: TrainBatch, where: Tensor, survival: Tensor | None) -> RowFacts:
-        row, start = where[:, 0], where[:, 1]
-        taught = batch.unroll.starts[row, start] + 1 + out.step
-        log_norm = batch.statistics.get("log_norm")
-        reference = batch.statistics.get(f"{REFERENCE}{out.step}")
-        vocab_size = self.head.options.vocab_size
-        return RowFacts(
-            samples=batch.samples[row, start],
-            flatness=None if log_norm is None else flatness_from_log_norm(log_norm[row, taught], vocab_size),
-            reference_losses=None if reference is None else reference[row, taught],
-            survival=None if survival is None else survival[row, start],
-        )
+        rows = self.taught(out, batch)
+        return rows.tokens(self.loss), rows.where

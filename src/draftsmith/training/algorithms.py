@@ -1,0 +1,70 @@
+"""The heads that a recipe can ask for: what each reads, how it begins, and the objective that trains it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+
+from draftsmith.drafters.eagle import Eagle, eagle_options
+from draftsmith.drafters.eagle3 import Eagle3, auxiliary_layers, eagle3_options
+from draftsmith.drafters.head import Head
+from draftsmith.foundation import seeding
+from draftsmith.numerics import losses
+from draftsmith.target.model import HFTarget
+from draftsmith.target.protocol import FeatureSpec, TargetSpec
+from draftsmith.target.vocabulary import VocabMap
+from draftsmith.training.objectives.base import Objective
+from draftsmith.training.objectives.eagle import EagleLossOptions, EagleObjective
+from draftsmith.training.objectives.eagle3 import Eagle3Objective
+from draftsmith.training.objectives.hass import HassLossOptions, HassObjective
+from draftsmith.training.options import TrainOptions
+
+Kind = Literal["eagle3", "eagle", "hass"]
+TITLES: dict[Kind, str] = {"eagle3": "EAGLE-3", "eagle": "EAGLE-2", "hass": "HASS"}
+
+
+def reads(kind: Kind, layers: tuple[int, ...] | None, spec: TargetSpec) -> FeatureSpec:
+    """The target's states that training a head takes, the teacher's among them.
+
+    Raises:
+        ValueError: as `auxiliary_layers`.
+    """
+    return FeatureSpec(auxiliary_layers(layers, spec.layers) if kind == "eagle3" else (), final=True)
+
+
+def fresh_head(kind: Kind, target: HFTarget, vocab: VocabMap, layers: tuple[int, ...] | None, seed: int) -> Head:
+    """An untrained head in float32: seeded weights; what it can take over from its target begins as the target's.
+
+    Raises:
+        ValueError: as `auxiliary_layers`.
+    """
+    config = target.model.config.get_text_config()
+    head: Eagle3 | Eagle
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeding.key("head", seed) % 2**31)
+        if kind == "eagle3":
+            head = Eagle3.for_target(eagle3_options(config, target.spec, vocab.size, layers), vocab, target)
+        else:
+            head = Eagle.for_target(eagle_options(config, target.spec, vocab.size), vocab, target)
+    if isinstance(head, Eagle3):
+        head.begin_from(target.model.get_output_embeddings().weight, getattr(target.model.base_model, "norm", None))
+    else:
+        head.begin()
+    return head.to(target.device)
+
+
+def objective(
+    kind: Kind, head: Head, target: HFTarget, o: TrainOptions, eagle: EagleLossOptions, hass: HassLossOptions
+) -> Objective:
+    """What trains a head of `fresh_head`."""
+    survival = "survival" in o.weights.build().needs
+    if isinstance(head, Eagle3):
+        teacher = target.output_rows(head.vocab.target_ids)
+        loss = losses.by_name(o.loss)
+        steps = (o.unroll_steps, o.step_decay, o.detach_steps, o.checkpoint_steps)
+        return Eagle3Objective(head, teacher, loss, *steps, survival=survival)
+    assert isinstance(head, Eagle)
+    if kind == "hass":
+        return HassObjective(head, hass, survival=survival)
+    return EagleObjective(head, eagle)
