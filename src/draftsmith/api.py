@@ -18,6 +18,7 @@ from draftsmith.decoding.engine import Engine, Piece
 from draftsmith.decoding.growth import Growth, GrowthOptions
 from draftsmith.decoding.stored import GROWTH_FILES, drafter_folder, members, run_growth
 from draftsmith.decoding.trace import Generation
+from draftsmith.decoding.verification import Verification
 from draftsmith.drafters.base import Drafter
 from draftsmith.evaluation import metrics
 from draftsmith.foundation.errors import UserError
@@ -135,10 +136,12 @@ Several = list[str] | Sequence[Sequence[int]] | Sequence[Messages]
 class Model:
     """A target and who drafts for it (`composition` None: plain decoding). It answers one call at a time."""
 
-    def __init__(self, target: HFTarget, composition: Composition | None = None) -> None:
+    def __init__(
+        self, target: HFTarget, composition: Composition | None = None, verification: Verification = "keyed"
+    ) -> None:
         self.target = target
         self.composition = composition
-        self._engine = Engine(target, composition)
+        self._engine = Engine(target, composition, verification)
 
     @overload
     def generate(
@@ -188,7 +191,8 @@ class Model:
     ) -> Answer | list[Answer] | Stream:
         """Answer a prompt, or several in one batch.
 
-        The text is the target's own at this seed, whoever drafts (in exact arithmetic, token for token).
+        The text is the target's own at this seed, whoever drafts (in exact arithmetic, token for token). With a
+        verification other than keyed its distribution is the target's own.
 
         Args:
             prompt: messages (rows or objects with `role` and `content`), a string (one user message), token ids (read
@@ -241,6 +245,7 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     compose: str | Mapping[str, object] | None = None,
+    verification: Verification = "keyed",
 ) -> Model:
     """Load a target and, if named, a drafter for it, or several put together.
 
@@ -253,6 +258,8 @@ def load(
         compose: how several are put together, such as `merge:trie(math,chat,ngram,budget=15)` (`decoding/
             specification.py`); `ngram` is always there, a single folder is called `drafter`.
         dtype, device: as in `load_target`; `auto` for a run's own target means those of the run.
+        verification: keyed writes plain decoding's text at the same seed, whatever is drafted; token (min(1, p/q),
+            SpecInfer's rule) and block keep the target's distribution and need a growth of kind sampled.
 
     Raises:
         UserError: something is not there, is damaged, or was trained for another target.
@@ -274,7 +281,8 @@ def load(
     found = members(named, loaded)
     if growth is not None:
         found = {name: replace(member, growth=None) for name, member in found.items()}
-    return Model(loaded, build(compose or next(iter(named)), found, growth, loaded.tokenizer.decode))
+    made = build(compose or next(iter(named)), found, growth, loaded.tokenizer.decode)
+    return Model(loaded, made, verification)
 
 
 def run_target(run: Path) -> tuple[str, str, str]:

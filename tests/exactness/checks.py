@@ -11,6 +11,7 @@ from draftsmith.decoding.composition import Single
 from draftsmith.decoding.engine import Engine
 from draftsmith.decoding.growth import ChainGrowth, DynamicGrowth, Growth
 from draftsmith.decoding.trace import Generation
+from draftsmith.decoding.verification import Verification
 from draftsmith.drafters.base import Frontier, Proposal
 from draftsmith.drafters.head import Head
 from draftsmith.foundation import seeding
@@ -38,6 +39,7 @@ def speculative_equals_plain(
     dial: float = 0.6,
     vocab: VocabMap | None = None,
     new: int = NEW,
+    rule: Verification = "keyed",
 ) -> list[Generation]:
     """Decode plainly, then speculatively with an oracle of that text: the same tokens, in rounds that add up."""
     target = tiny_target(kind)
@@ -45,7 +47,7 @@ def speculative_equals_plain(
     plain = Engine(target).generate(asked, sampling, new)
     texts = [[*p, *g.token_ids] for p, g in zip(asked, plain, strict=True)]
     drafter = OracleDrafter(texts, dial, vocab, seed=sampling.seed)
-    speculative = Engine(target, Single(drafter, growth)).generate(asked, sampling, new)
+    speculative = Engine(target, Single(drafter, growth), rule).generate(asked, sampling, new)
     assert [g.token_ids for g in speculative] == [g.token_ids for g in plain]
     assert [g.finish for g in speculative] == [g.finish for g in plain]
     for prompt, g in zip(asked, speculative, strict=True):

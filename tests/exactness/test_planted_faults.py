@@ -1,8 +1,4 @@
-"""Faults that real systems had are planted one at a time; a check that the suite makes must notice each.
-
-Not yet applicable, because no candidate is sampled: a residual that is not renormalised, q at another temperature than
-the draw, and a tree cut after seeing the token it judges. They come with the verification rules for sampled candidates.
-"""
+"""Faults that real systems had are planted one at a time; a check that the suite makes must notice each."""
 
 from __future__ import annotations
 
@@ -14,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from draftsmith.decoding import engine, growth, verification
+from draftsmith.decoding import engine, growth, rejection, verification
 from draftsmith.decoding.composition import Single
+from draftsmith.decoding.drawn import Draws, SampledGrowth
 from draftsmith.decoding.tree import DraftTree
 from draftsmith.decoding.verification import Verdict
 from draftsmith.drafters.base import Proposal
@@ -34,6 +31,7 @@ from tests.exactness.checks import (
     speculative_equals_plain,
     verification_equals_full_passes,
 )
+from tests.exactness.sampled import CASES, WIDE, frequencies_are_the_targets, law_is_the_targets
 from tests.tiny import END, tiny_head, tiny_target
 
 Patch = pytest.MonkeyPatch
@@ -210,6 +208,63 @@ def windows_count_slots(patch: Patch) -> None:
     patch.setattr(inside, "cached_masks", planted)
 
 
+def residual_is_not_renormalised(patch: Patch) -> None:
+    patch.setattr(rejection, "left_over", lambda p, q: (p - q).clamp(min=0))
+
+
+def residual_is_the_targets_distribution(patch: Patch) -> None:
+    """What is drawn after a refusal comes from p, as if nothing had been proposed."""
+    patch.setattr(rejection, "left_over", lambda p, q: p)
+
+
+def a_blocks_coins_are_those_of_its_tokens(patch: Patch) -> None:
+    """Tokens are judged one by one, but the next token is drawn as block verification draws it."""
+    block = rejection.block_chances
+
+    def planted(p: Tensor, q: Tensor, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        own = (p[:, :-1].gather(2, tokens[:, :, None]) / q.gather(2, tokens[:, :, None]))[:, :, 0].clamp(max=1)
+        reached = torch.arange(tokens.shape[1]) < lengths[:, None]
+        return own.cumprod(1) * reached, block(p, q, tokens, lengths)[1]
+
+    patch.setattr(rejection, "block_chances", planted)
+
+
+def q_is_at_another_temperature(patch: Patch) -> None:
+    """Candidates are drawn at one temperature and judged as if at another."""
+    grow = SampledGrowth.grow
+
+    def planted(policy: SampledGrowth, *rest: Any) -> DraftTree:
+        tree = grow(policy, *rest)
+        assert tree.sampled
+        return replace(tree, sampled=replace(tree.sampled, log_q=(tree.sampled.log_q / 0.7).log_softmax(-1)))
+
+    patch.setattr(SampledGrowth, "grow", planted)
+
+
+def a_tree_is_cut_after_seeing_its_tokens(patch: Patch) -> None:
+    """Candidates that the drafter itself thinks unlikely are dropped once they are drawn (DSpark's fault A)."""
+    grow = SampledGrowth.grow
+
+    def planted(policy: SampledGrowth, *rest: Any) -> DraftTree:
+        tree = grow(policy, *rest)
+        return replace(tree, log_q=tree.log_q.masked_fill(tree.log_q < -1.0, -torch.inf))
+
+    patch.setattr(SampledGrowth, "grow", planted)
+
+
+def purposes_share_their_draws(patch: Patch) -> None:
+    keys = Draws.keys
+    patch.setattr(Draws, "keys", lambda draws, purpose, depth: keys(draws, "proposal", depth))
+
+
+def law(case: str, count: int = 2) -> Callable[[], object]:
+    return lambda: law_is_the_targets((CASES | WIDE)[case], Sampling(temperature=0.8), (), count)
+
+
+def frequencies(case: str, count: int = 2) -> Callable[[], object]:
+    return lambda: frequencies_are_the_targets(CASES[case], Sampling(temperature=0.8), count)
+
+
 def equality(temperature: float = 0.0, batch: int = 2, **processors: Any) -> Callable[[], object]:
     sampling = Sampling(temperature=temperature, seed=2, **processors)
     return lambda: speculative_equals_plain("llama", GROWTHS["tree-15"], sampling, batch)
@@ -245,7 +300,39 @@ FAULTS = [
     Fault(windows_are_ignored, lambda: verification_equals_full_passes("mistral")),
     Fault(windows_are_ignored, lambda: verification_equals_full_passes("gemma3")),
     Fault(windows_count_slots, lambda: verification_equals_full_passes("mistral")),
+    Fault(residual_is_not_renormalised, law("independent-wide")),
+    Fault(residual_is_not_renormalised, law("without-replacement-wide")),
+    Fault(residual_is_the_targets_distribution, law("chain")),
+    Fault(residual_is_the_targets_distribution, frequencies("chain")),
+    Fault(a_blocks_coins_are_those_of_its_tokens, law("block", 3)),
+    Fault(q_is_at_another_temperature, law("chain")),
+    Fault(q_is_at_another_temperature, law("block")),
+    Fault(q_is_at_another_temperature, frequencies("without-replacement")),
+    Fault(a_tree_is_cut_after_seeing_its_tokens, law("chain")),
+    Fault(a_tree_is_cut_after_seeing_its_tokens, law("independent")),
+    Fault(a_tree_is_cut_after_seeing_its_tokens, law("block")),
+    Fault(purposes_share_their_draws, frequencies("chain")),
+    Fault(purposes_share_their_draws, frequencies("block")),
 ]
+
+# traps.md, item 4
+NAMED = {
+    "tree position = index instead of depth": position_is_the_index,
+    "cache not compacted": cache_is_not_compacted,
+    "sibling visible in the mask": siblings_are_visible,
+    "bonus from the wrong row": bonus_comes_from_the_parents_row,
+    "residual not renormalised": residual_is_not_renormalised,
+    "d2t off by one": d2t_is_off_by_one,
+    "processors skipped on the bonus token": the_bonus_token_is_not_processed,
+    "draft state not rewound": provisional_draft_rows_stay,
+    "q at another temperature than the draw": q_is_at_another_temperature,
+    "truncation after seeing the token": a_tree_is_cut_after_seeing_its_tokens,
+}
+
+
+def test_all_ten_named_faults_are_planted() -> None:
+    assert len(NAMED) == 10
+    assert set(NAMED.values()) <= {fault.plant for fault in FAULTS}
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.plant.__name__)

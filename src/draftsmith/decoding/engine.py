@@ -13,13 +13,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from draftsmith.decoding import verification
+from draftsmith.decoding import rejection, verification
 from draftsmith.decoding.composition import Composition
+from draftsmith.decoding.drawn import Draws
 from draftsmith.decoding.growth import Limits
 from draftsmith.decoding.trace import Generation, Round
 from draftsmith.decoding.tree import DraftTree, empty
+from draftsmith.decoding.verification import Verification
 from draftsmith.foundation.errors import UserError
-from draftsmith.target.protocol import FeatureSpec, Layer, Target
+from draftsmith.target.protocol import FeatureSpec, Layer, Target, TargetOut
 from draftsmith.target.sampling import Sampling, next_tokens
 
 
@@ -35,11 +37,18 @@ class Piece:
 
 
 class Engine:
-    """Decodes with a target and whoever drafts for it (None: plain decoding)."""
+    """Decodes with a target and whoever drafts for it (None: plain decoding).
 
-    def __init__(self, target: Target, composition: Composition | None = None) -> None:
+    `verification` other than keyed judges sampled candidates by what they were drawn from: the target's distribution is
+    kept, plain decoding's text at the same seed is not.
+    """
+
+    def __init__(
+        self, target: Target, composition: Composition | None = None, verification: Verification = "keyed"
+    ) -> None:
         self.target = target
         self.composition = composition
+        self.verification: Verification = verification
 
     def generate(
         self,
@@ -78,7 +87,7 @@ class Engine:
         names: list[int | str] = list(requests) if requests is not None else list(range(len(prompts)))
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
         if prompts:
-            yield from _Run(self.target, self.composition, prompts, sampling, limits, names).events()
+            yield from _Run(self, prompts, sampling, limits, names).events()
 
 
 class _Run:
@@ -86,13 +95,13 @@ class _Run:
 
     def __init__(
         self,
-        target: Target,
-        composition: Composition | None,
+        engine: Engine,
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         limits: list[int],
         requests: list[int | str],
     ) -> None:
+        target = engine.target
         spec = target.spec
         for index, prompt in enumerate(prompts):
             if not prompt:
@@ -101,7 +110,8 @@ class _Run:
                 raise UserError(
                     f"prompt {index} has {len(prompt)} tokens; {spec.name} takes {spec.max_positions} with its answer"
                 )
-        self.target, self.composition, self.sampling, self.requests = target, composition, sampling, requests
+        self.target, self.composition, self.sampling, self.requests = target, engine.composition, sampling, requests
+        self.rule = engine.verification if engine.composition else "keyed"
         self.prompts = [list(p) for p in prompts]
         self.ids = [list(p) for p in prompts]
         self.limits = [min(m, spec.max_positions - len(p)) for m, p in zip(limits, prompts, strict=True)]
@@ -159,17 +169,15 @@ class _Run:
         clock.lap()
         if self.composition:
             room = torch.tensor([n - 1 for n in left], device=device)
-            tree = self.composition.propose(state, Limits(room, self.end_tensor))
+            places = torch.tensor([len(i) for i in self.ids], device=device)
+            draws = Draws(self.sampling, self.requests, places)
+            tree = self.composition.propose(state, Limits(room, self.end_tensor, draws))
         else:
             tree = empty(len(self.ids), device)
         draft_ms = clock.lap(self.composition is not None)
         roots = torch.tensor([i[-1] for i in self.ids], device=device)
         out = self.target.verify(tree.rows(roots), wants)
-        chosen = out.choices
-        if chosen is None:
-            assert out.logits is not None
-            chosen = verification.choices(tree, out.logits, self.sampling, self.requests, self.ids)
-        verdict = verification.walk(tree, chosen)
+        verdict = self._verdict(tree, out)
         verify_ms = clock.lap()
         context = [len(i) for i in self.ids]
         pieces, lengths = self._commit(tree, verdict)
@@ -206,6 +214,21 @@ class _Run:
             self.spent[b] += (draft_ms + verify_ms + rest_ms) / share
             yield pieces[b]
             yield from self._finish(b)
+
+    def _verdict(self, tree: DraftTree, out: TargetOut) -> verification.Verdict:
+        chosen = out.choices
+        if chosen is not None and (tree.sampled or self.rule != "keyed"):
+            raise UserError(
+                "a stored answer replays deterministic candidates with keyed verification only: sampled candidates "
+                "(growth.kind sampled, verification token or block) need the target's logits; decode instead"
+            )
+        if chosen is None:
+            assert out.logits is not None
+            given = (tree, out.logits, self.sampling, self.requests, self.ids)
+            if self.rule != "keyed":
+                return rejection.verdict(*given, self.rule)
+            chosen = verification.choices(*given)
+        return verification.walk(tree, chosen)
 
     def _commit(self, tree: DraftTree, verdict: verification.Verdict) -> tuple[dict[int, Piece], list[int]]:
         """Append what was accepted, up to an end token; returns the pieces and how many rows each sequence keeps."""

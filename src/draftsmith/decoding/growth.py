@@ -1,7 +1,8 @@
 """Growth policies: how one drafter's proposals become a draft tree.
 
-All policies here are deterministic given the drafter's proposals, and what decides a tree's shape looks only at what is
-committed or drafted: that is what lets the verifier draw the target's token first and look whether it is in the tree.
+All policies but `sampled` (`drawn.py`) are deterministic given the drafter's proposals, and what decides a tree's shape
+looks only at what is committed or drafted: that is what lets the verifier draw the target's token first and look
+whether it is in the tree.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 from torch import Tensor
 
 from draftsmith.decoding.costs import affordable, stored_round_costs
+from draftsmith.decoding.drawn import Draws, SampledGrowth
 from draftsmith.decoding.shapes import STATIC_15, Level, Paths, checked, levels
 from draftsmith.decoding.stopping import EntropyStop, Remembered, acceptance_bound, committed, fresh
 from draftsmith.decoding.tree import DraftTree, pruned
@@ -31,10 +33,12 @@ class Limits:
     Attributes:
         room: `[B]` int64, the deepest a node may stand in each row (tokens left to write, positions left); 0: no nodes.
         ends: `[E]` int64, end tokens: nothing is drafted after one.
+        draws: what random draws are keyed by; only sampled candidates need it.
     """
 
     room: Tensor
     ends: Tensor
+    draws: Draws | None = None
 
 
 class Growth(Protocol):
@@ -56,17 +60,19 @@ _OWN = {
     "least_mass": "dynamic",
     **dict.fromkeys(("gamma", "threshold", "goal", "smoothing", "step"), "adaedl"),
     **dict.fromkeys(("profile", "draft_ms", "sequences"), "cost-aware"),
+    **dict.fromkeys(("branches", "replacement"), "sampled"),
 }
 
 
 class GrowthOptions(Options):
     """Which growth, and how large."""
 
-    kind: Literal["dynamic", "chain", "static", "best-first", "adaedl", "cost-aware"] = Field(
+    kind: Literal["dynamic", "chain", "static", "best-first", "adaedl", "cost-aware", "sampled"] = Field(
         default="dynamic",
         description="dynamic: EAGLE-2's tree; chain: one token after another; static: always the same shape; "
         "best-first: the likeliest nodes wherever they stand; adaedl: a chain that stops where the drafter is unsure; "
-        "cost-aware: dynamic, with as many nodes as pay for their verification",
+        "cost-aware: dynamic, with as many nodes as pay for their verification; sampled: drawn from the drafter's "
+        "distribution in a fixed shape, for the verification rules token and block",
     )
     node_budget: int = Field(
         default=15, ge=1, description="drafted nodes verified in a round, root not counted (cost-aware: at most)"
@@ -95,6 +101,15 @@ class GrowthOptions(Options):
         default=None, ge=0, description="milliseconds of drafting a round, instead of the profile's (cost-aware)"
     )
     sequences: int = Field(default=1, ge=1, description="sequences decoded together, in one pass (cost-aware)")
+
+    branches: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        default=(1, 1, 1, 1),
+        min_length=1,
+        description="candidates drawn below the root, below each of these, …; ones make a chain (sampled)",
+    )
+    replacement: bool = Field(
+        default=False, description="draw a node's candidates independently, so that some may be equal (sampled)"
+    )
 
     @field_validator("paths")
     @classmethod
@@ -125,6 +140,8 @@ class GrowthOptions(Options):
             case "adaedl":
                 stop = EntropyStop(self.gamma, self.threshold, self.goal, self.smoothing, self.step)
                 return AdaEDLGrowth(self.depth, stop)
+            case "sampled":
+                return SampledGrowth(self.branches, self.replacement)
             case "cost-aware":
                 assert self.profile is not None
                 return CostAwareGrowth(

@@ -14,6 +14,7 @@ from itertools import pairwise
 import torch
 
 from draftsmith.decoding.composition import Composition
+from draftsmith.decoding.drawn import Draws
 from draftsmith.decoding.growth import Limits
 from draftsmith.target.model import HFTarget
 from draftsmith.target.protocol import FeatureSpec, Rows
@@ -66,7 +67,8 @@ def draft_cost(target: HFTarget, composition: Composition, context: int = 128, r
     hidden = target.read(ids, [context + 1], wants)
     state = composition.start(1, context + 64)
     composition.observe(state, ids, {n: hidden[n] for n in wants.names}, [context + 1])
-    limits = Limits(torch.tensor([64], device=device), torch.tensor(target.spec.eos_ids, device=device))
+    draws = Draws(Sampling(temperature=1.0), [0], torch.tensor([context + 1], device=device))
+    limits = Limits(torch.tensor([64], device=device), torch.tensor(target.spec.eos_ids, device=device), draws)
     times = []
     for repeat in range(repeats + 2):
         started = time.perf_counter()

@@ -13,7 +13,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from draftsmith.foundation.errors import UserError
 from draftsmith.target.protocol import Rows
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """How a tree's candidates were drawn, which the rules for sampled candidates need.
+
+    The shape was fixed before any token was drawn: `branches[d]` candidates below the root (d = 0) and below every node
+    of depth d. Nodes stand depth by depth, parents in order: internal node n is row n + 1 of `log_q`, the root row 0.
+    A node with log_q −∞ in its tree was not drawn: nothing was left to draw, or it stands below an end token.
+
+    Attributes:
+        log_q: `[B, I, Vd]` float64, what the candidates below the root and each internal node were drawn from.
+        branches: candidates drawn at each depth; fewer depths than asked for where there was no room.
+        replacement: whether a node's candidates were drawn independently (else each from what the others left).
+        target_ids: `[Vd]` int64, the target's ids of the draft vocabulary; outside it q is 0.
+    """
+
+    log_q: Tensor
+    branches: tuple[int, ...]
+    replacement: bool
+    target_ids: Tensor
 
 
 @dataclass(frozen=True)
@@ -27,6 +49,7 @@ class DraftTree:
         log_q: `[B, N]` float, log probability of the path from the root to the node, as its drafter sees it.
         owner: `[B, N]` int64, which drafter proposed the node.
         counts: `[B]` int64, nodes that are real in each row; the rest is padding.
+        sampled: how the candidates were drawn; None for deterministic ones.
     """
 
     tokens: Tensor
@@ -35,6 +58,7 @@ class DraftTree:
     log_q: Tensor
     owner: Tensor
     counts: Tensor
+    sampled: Sampled | None = None
 
     @property
     def batch(self) -> int:
@@ -49,6 +73,11 @@ class DraftTree:
     def real(self) -> Tensor:
         """`[B, N]` bool: which nodes are no padding."""
         return torch.arange(self.size, device=self.tokens.device) < self.counts[:, None]
+
+    @property
+    def live(self) -> Tensor:
+        """`[B, N]` bool: which nodes hold a drafted token; of sampled candidates those that were drawn."""
+        return self.real & (self.log_q > -torch.inf) if self.sampled else self.real
 
     def ancestors(self) -> Tensor:
         """`[B, N, N]` bool: `[b, i, j]` if node j is node i or stands above it."""
@@ -96,6 +125,9 @@ def pruned(tree: DraftTree, budget: int, room: Tensor | None = None) -> DraftTre
         budget: nodes to keep at most.
         room: `[B]` int64, the largest depth that still fits in each row (tokens left to write, positions left); deeper
             nodes go.
+
+    Raises:
+        UserError: the candidates were sampled.
     """
     value = tree.log_q.masked_fill(~tree.real, -torch.inf)  # nodes of probability 0 are padding too
     if room is not None:
@@ -112,7 +144,12 @@ def pruned(tree: DraftTree, budget: int, room: Tensor | None = None) -> DraftTre
 
 
 def take(tree: DraftTree, chosen: Tensor, counts: Tensor) -> DraftTree:
-    """The trees of nodes `chosen [B, M]` (ascending, ancestors included), `counts[b]` of them real."""
+    """The trees of nodes `chosen [B, M]` (ascending, ancestors included), `counts[b]` of them real.
+
+    Raises:
+        UserError: the candidates were sampled.
+    """
+    _deterministic(tree)
     batch = tree.batch
     device = tree.tokens.device
     place = torch.full((batch, tree.size + 1), -1, dtype=torch.int64, device=device)
@@ -148,9 +185,12 @@ def merged(trees: Sequence[DraftTree], budget: int, room: Tensor | None = None) 
 
     Raises:
         ValueError: no trees, or batches of different sizes.
+        UserError: the candidates of a tree were sampled.
     """
     if not trees or len({tree.batch for tree in trees}) > 1:
         raise ValueError("merged needs at least one tree, all of the same batch")
+    for tree in trees:
+        _deterministic(tree)
     offsets = [sum(tree.size for tree in trees[:i]) for i in range(len(trees))]
     real = torch.cat([tree.real for tree in trees], 1)
     tokens = torch.cat([tree.tokens for tree in trees], 1)
@@ -180,3 +220,11 @@ def merged(trees: Sequence[DraftTree], budget: int, room: Tensor | None = None) 
         torch.full_like(trees[0].counts, size),
     )
     return pruned(trie, budget, room)
+
+
+def _deterministic(tree: DraftTree) -> None:
+    if tree.sampled:
+        raise UserError(
+            "sampled candidates can't be pruned, re-ranked or merged: the shape of their tree is fixed before they are "
+            "drawn, or verification would favour what was kept; let this drafter draft alone, or choose another growth"
+        )

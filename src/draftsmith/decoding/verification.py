@@ -10,12 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from draftsmith.decoding.tree import DraftTree
 from draftsmith.target.sampling import Sampling, next_tokens
+
+# keyed: this module's; token, block: the rules for sampled candidates in `rejection`
+Verification = Literal["keyed", "token", "block"]
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,14 @@ def walk(tree: DraftTree, chosen: Tensor) -> Verdict:
     de-duplication) both are, and the deepest accepted node counts, of equals the first.
     """
     batch = tree.batch
-    hit = (tree.tokens == chosen.gather(1, tree.parents + 1)) & tree.real
+    hit = (tree.tokens == chosen.gather(1, tree.parents + 1)) & tree.live
     accepted = hit & (tree.depths == 1)
     for depth in range(2, int(tree.depths.max()) + 1 if tree.size else 0):
         above = accepted.gather(1, tree.parents.clamp(min=0))
         accepted = accepted | (hit & above & (tree.depths == depth))
     # One transfer to the host a round: everything below is plain lists.
     packed = torch.cat(
-        [accepted.long(), tree.depths, tree.parents, tree.tokens, tree.real.long(), chosen], dim=1
+        [accepted.long(), tree.depths, tree.parents, tree.tokens, tree.live.long(), chosen], dim=1
     ).tolist()
     size = tree.size
     nodes: list[list[int]] = []

@@ -64,8 +64,10 @@ def position_keys(seed: int, requests: Sequence[int | str], positions: Tensor, p
     """
     if len(requests) != positions.shape[0]:
         raise ValueError(f"{len(requests)} requests for {positions.shape[0]} rows of positions")
-    rows = [key(seed, request, purpose) for request in requests]
-    base = torch.tensor(rows, dtype=torch.int64, device=positions.device).unsqueeze(-1)
+    named = {request: key(seed, request, purpose) for request in set(requests)}
+    base = torch.tensor([named[request] for request in requests], dtype=torch.int64, device=positions.device).unsqueeze(
+        -1
+    )
     return _mix(base + positions.to(torch.int64) * POSITION_GAMMA)
 
 
