@@ -180,6 +180,43 @@ def bench(
         raise typer.Exit(1)
 
 
+@app.command("verify-lossless")
+def verify_lossless(
+    target: Annotated[str | None, typer.Option(help="Folder, hub id, GGUF file or smollm2; default: the run's.")] = None,
+    drafters: Annotated[
+        list[str] | None, typer.Option(help="name=path of a run or a drafter (several times).")
+    ] = None,
+    prompts: Annotated[str | None, typer.Option(help="A jsonl file or a benchmark; default: made prompts.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Prompts at most.")] = 20,
+    temperatures: Annotated[str, typer.Option(help="By commas.")] = "0,1",
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of an answer at most.")] = 64,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts decoded together with drafters.")] = 4,
+    seed: Annotated[int, typer.Option(help="Of the draws and of the choice of prompts.")] = 0,
+    dtype: Annotated[
+        str, typer.Option(help="float32 is exact; bfloat16 and float16 are judged token by token.")
+    ] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Write all comparisons and the verdict there, as JSON.")] = None,
+) -> None:
+    """Prove on your own models that drafters change no token: verdict in words and numbers. Exit code 1: they do."""
+    from draftsmith.commands import lossless
+
+    if not lossless.verify(
+        target,
+        drafters or [],
+        prompts=prompts,
+        count=count,
+        temperatures=temperatures,
+        max_new_tokens=max_new_tokens,
+        batch=batch,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        out=out,
+    ):
+        raise typer.Exit(1)
+
+
 @app.command()
 def report(run: RunFolder = RUN, recipe: RecipeName = None, overrides: Overrides = None) -> None:
     """Write the run's report.html and summary.json anew."""

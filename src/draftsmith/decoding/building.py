@@ -12,6 +12,7 @@ from draftsmith.decoding.averaging import averaged
 from draftsmith.decoding.calibration import Tempered
 from draftsmith.decoding.composition import Composition, Single
 from draftsmith.decoding.costs import stored_round_costs
+from draftsmith.decoding.drawn import SampledGrowth
 from draftsmith.decoding.growth import AdaEDLGrowth, Growth, GrowthOptions
 from draftsmith.decoding.hedging import hedged
 from draftsmith.decoding.learned import FEATURES, LearnedRule
@@ -151,6 +152,12 @@ class _Builder:
                 raise UserError(
                     f"{spec.kind}: {part.name} grows by adaedl, whose threshold follows what its own drafts come to: "
                     "it has to draft alone"
+                )
+
+            if isinstance(part, Single) and isinstance(part.growth, SampledGrowth) and len(parts) > 1:
+                raise UserError(
+                    f"{spec.kind}: {part.name} samples its candidates, whose tree can't be chosen or merged after they "
+                    "are drawn: it has to draft alone"
                 )
 
     def drafters(self, spec: Combined, parts: Sequence[Composition]) -> list[Single]:
