@@ -7,13 +7,14 @@ print(answer.text, answer.acceptance_length)
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
 from draftsmith.decoding.building import build
 from draftsmith.decoding.composition import Composition
+from draftsmith.decoding.costs import refuse_other_target
 from draftsmith.decoding.engine import Engine, Piece
 from draftsmith.decoding.growth import Growth, GrowthOptions
 from draftsmith.decoding.stored import GROWTH_FILES, drafter_folder, members, run_growth
@@ -281,6 +282,8 @@ def load(
     found = members(named, loaded)
     if growth is not None:
         found = {name: replace(member, growth=None) for name, member in found.items()}
+    if isinstance(growth, GrowthOptions) and growth.profile is not None:
+        refuse_other_target(growth.profile, loaded.spec.fingerprint)
     made = build(compose or next(iter(named)), found, growth, loaded.tokenizer.decode)
     return Model(loaded, made, verification)
 
@@ -303,6 +306,18 @@ def run_target(run: Path) -> tuple[str, str, str]:
     if not isinstance(o.get("name"), str):
         raise UserError(f"{path}: target.name is missing: name the target")
     return str(o["name"]), str(o.get("dtype") or "auto"), str(o.get("device") or "auto")
+
+
+def target_of(folders: Iterable[str]) -> str:
+    """The target that the first run among folders of runs and drafters names.
+
+    Raises:
+        UserError: none of them is a run.
+    """
+    run = next((Path(folder) for folder in folders if (Path(folder) / "recipe.yaml").is_file()), None)
+    if run is None:
+        raise UserError("name a target (--target), or a run, which names its own (--drafters RUN)")
+    return run_target(run)[0]
 
 
 def _is_several(prompt: Sequence[object]) -> bool:

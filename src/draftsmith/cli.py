@@ -218,6 +218,27 @@ def verify_lossless(
 
 
 @app.command()
+def profile(
+    out: Annotated[Path, typer.Option(help="The file of costs.")] = Path("profile.json"),
+    target: Annotated[str | None, typer.Option(help="Folder, hub id, GGUF file or smollm2; default: the run's.")] = None,
+    drafters: Annotated[
+        list[str] | None, typer.Option(help="name=path of a run or a drafter (several times).")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="Sequences decoded together, by commas.")] = "1,4",
+    context: Annotated[str, typer.Option(help="Tokens in each, by commas.")] = "128,512",
+    repeats: Annotated[int, typer.Option(min=1, help="Of which the median is taken.")] = 8,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+) -> None:
+    """Measure what verifying and drafting cost here; the cost-aware growth reads it, decoding never looks at clocks."""
+    from draftsmith.commands import profile as measuring
+
+    measuring.profile(
+        target, drafters or [], out, batches=batch, contexts=context, repeats=repeats, dtype=dtype, device=device
+    )
+
+
+@app.command()
 def report(run: RunFolder = RUN, recipe: RecipeName = None, overrides: Overrides = None) -> None:
     """Write the run's report.html and summary.json anew."""
     from draftsmith.commands import stage

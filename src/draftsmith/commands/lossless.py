@@ -14,7 +14,6 @@ from draftsmith.data.prompts import make_prompts
 from draftsmith.evaluation import lossless
 from draftsmith.evaluation.lossless import Compared, Group, Prompt
 from draftsmith.foundation import artefacts, console, provenance
-from draftsmith.foundation.errors import UserError
 from draftsmith.target import chat
 from draftsmith.target.model import HFTarget, load_target
 
@@ -39,7 +38,7 @@ def verify(
         UserError: a target, drafter or prompt file that is not there, or temperatures that are no numbers.
     """
     paths = named_paths(drafters)
-    loaded = load_target(target or _target_of(paths), dtype, device)
+    loaded = load_target(target or api.target_of(paths.values()), dtype, device)
     compositions = {name: composition(loaded, name, path) for name, path in paths.items()}
     asked = questions(loaded, prompts, count, seed)
     heats = numbers(temperatures) or [0.0]
@@ -125,10 +124,3 @@ def _ids(target: HFTarget, conversation: Conversation) -> list[int]:
     ids: list[int] = target.tokenizer("\n".join(message.content for message in conversation.messages)).input_ids
     return ids
 
-
-def _target_of(paths: dict[str, str]) -> str:
-    """The target that the first drafter's run names."""
-    run = next((Path(path) for path in paths.values() if (Path(path) / "recipe.yaml").is_file()), None)
-    if run is None:
-        raise UserError("name a target (--target), or a run, which names its own (--drafters RUN)")
-    return api.run_target(run)[0]

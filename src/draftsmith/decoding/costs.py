@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from torch import Tensor
 
 from draftsmith.decoding.tree import DraftTree, pruned
 from draftsmith.foundation.artefacts import read_json
-from draftsmith.foundation.errors import UserError
+from draftsmith.foundation.errors import StaleError, UserError
 
 
-def best_sizes(values: Tensor, round_ms: Sequence[float]) -> Tensor:
+def best_sizes(values: Tensor, round_ms: Sequence[float] | Tensor) -> Tensor:
     """The number of nodes that maximises expected committed tokens per second in each sequence (2606.01813).
 
     With the nodes' path probabilities V sorted, k nodes commit E(k) = 1 + Σ_{i ≤ k} V_i tokens in expectation, the
@@ -23,21 +24,22 @@ def best_sizes(values: Tensor, round_ms: Sequence[float]) -> Tensor:
 
     Args:
         values: `[B, M]` path probabilities in descending order, 0 where a row has no more nodes.
-        round_ms: milliseconds of a round (drafting and verification) of 0 … K nodes.
+        round_ms: milliseconds of a round (drafting and verification) of 0 … K nodes, for all or `[B, K+1]`.
 
     Returns:
         `[B]` int64, each at most min(K, M).
     """
-    most = min(len(round_ms) - 1, values.shape[1])
+    costs = torch.as_tensor(round_ms, dtype=torch.float64, device=values.device)
+    most = min(costs.shape[-1] - 1, values.shape[1])
     expected = torch.nn.functional.pad(values[:, :most].double().cumsum(1), (1, 0)) + 1
-    return (expected / torch.tensor(round_ms[: most + 1], dtype=torch.float64, device=values.device)).argmax(dim=1)
+    return (expected / costs[..., : most + 1]).argmax(dim=1)
 
 
-def affordable(tree: DraftTree, round_ms: Sequence[float], room: Tensor | None = None) -> DraftTree:
+def affordable(tree: DraftTree, round_ms: Sequence[float] | Tensor, room: Tensor | None = None) -> DraftTree:
     """Of each tree the likeliest nodes, as many as `best_sizes` says; each sequence decides for itself.
 
     Args:
-        round_ms: milliseconds of a round of 0 … K nodes.
+        round_ms: as in `best_sizes`.
         room: as in `pruned`.
     """
     value = tree.log_q.masked_fill(~tree.real, -torch.inf)
@@ -47,33 +49,126 @@ def affordable(tree: DraftTree, round_ms: Sequence[float], room: Tensor | None =
     size = best_sizes(order.values.exp(), round_ms)
     surplus = torch.arange(tree.size, device=value.device) >= size[:, None]
     kept = torch.empty_like(value).scatter_(1, order.indices, order.values.masked_fill(surplus, -torch.inf))
-    return pruned(replace(tree, log_q=kept), len(round_ms) - 1)
+    return pruned(replace(tree, log_q=kept), torch.as_tensor(round_ms).shape[-1] - 1)
+
+
+def at_contexts(table: Sequence[Sequence[float]], contexts: Sequence[int], positions: Tensor) -> Tensor:
+    """Costs at each sequence's own length `positions [B]`, from those at `contexts` (ascending): linear between them,
+    constant beyond the ends. `table[c][k]` → `[B, K+1]` float64."""
+    rows = torch.tensor([list(row) for row in table], dtype=torch.float64, device=positions.device)
+    if len(contexts) == 1:
+        return rows.expand(len(positions), -1)
+    known = torch.tensor(list(contexts), dtype=torch.float64, device=positions.device)
+    place = positions.double().clamp(float(known[0]), float(known[-1]))
+    high = torch.searchsorted(known, place).clamp(min=1)
+    share = (place - known[high - 1]) / (known[high] - known[high - 1])
+    return rows[high - 1] + share[:, None] * (rows[high] - rows[high - 1])
 
 
 def stored_round_costs(
-    path: Path, budget: int, depth: int, width: int, draft_ms: float | None = None, sequences: int = 1
+    path: Path,
+    budget: int,
+    depth: int,
+    width: int,
+    draft_ms: float | None = None,
+    sequences: int = 1,
+    context: int | None = None,
+    drafter: str | None = None,
 ) -> tuple[float, ...]:
     """Milliseconds of a round of 0 … `budget` nodes, from a stored profile.
 
     Args:
-        path: JSON as `tune` writes it: `{"verify_ms": {rows: ms}, "growths": [{"growth": …, "draft_ms": …}]}`.
-        depth, width: what is drafted before the number of nodes is chosen.
+        path: JSON as `draftsmith profile` writes it (`profile.to_json`), or as `tune` does: `{"verify_ms": {rows: ms},
+            "growths": [{"growth": …, "draft_ms": ms or {set: ms}}]}`.
+        depth, width: what is drafted before the number of nodes is chosen; between measured ones linear.
         draft_ms: milliseconds of drafting; default: the profile's for a dynamic tree of this depth and width, else
             its own entry `draft_ms`.
         sequences: sequences decoded together; a pass then verifies the rows of all.
+        context: one of `stored_contexts`; default: the smallest.
+        drafter: whose drafting, where the profile knows several.
 
     Raises:
         UserError: the file is missing or has no usable costs; the text names the file and the entry.
     """
-    # `profile` measures compositions, which are made of growths, which need this module.
-    from draftsmith.decoding.profile import interpolated
+    stored = _read(path)
+    if "verify" not in stored:
+        costs, each = _verify_ms(path, stored.get("verify_ms")), sequences
+    else:
+        entry = _entry(path, stored["verify"], sequences, context)
+        costs, each = _verify_ms(path, entry.get("ms")), 1
+    draft = draft_ms
+    if draft is None:
+        known = _shapes(path, stored, sequences, context, drafter)
+        draft = _between(known, depth, width)
+    if draft is None:
+        draft = stored.get("draft_ms")
+    if not isinstance(draft, int | float) or draft < 0:
+        raise UserError(
+            f"{path} holds no draft_ms for a tree of depth {depth} and width {width}: set the growth's draft_ms, or "
+            "a depth and width that were measured"
+        )
+    return tuple(float(draft) + interpolated(costs, each * (1 + k)) for k in range(budget + 1))
 
+
+def interpolated(costs: Mapping[int, float], rows: int) -> float:
+    """Milliseconds for a number of rows between measured ones (linear), beyond the last in proportion."""
+    known = sorted(costs)
+    if rows <= known[0]:
+        return costs[known[0]]
+    for low, high in pairwise(known):
+        if rows <= high:
+            share = (rows - low) / (high - low)
+            return costs[low] + share * (costs[high] - costs[low])
+    return costs[known[-1]] * rows / known[-1]
+
+
+def stored_contexts(path: Path) -> tuple[int, ...]:
+    """The lengths at which a profile was measured, ascending; none where it does not say.
+
+    Raises:
+        UserError: the file is missing or no profile.
+    """
+    entries = _read(path).get("verify", [])
+    return tuple(sorted({int(entry["context"]) for entry in entries}))
+
+
+def refuse_other_target(path: Path, fingerprint: str) -> None:
+    """Raises StaleError where a profile says that it was measured with another target."""
+    target = _read(path).get("target")
+    found = target.get("fingerprint") if isinstance(target, Mapping) else None
+    if found not in (None, fingerprint):
+        raise StaleError(
+            f"{path} was measured with another target (fingerprint {found}, this one's is {fingerprint}): run "
+            "draftsmith profile for this one"
+        )
+
+
+def _read(path: Path) -> Mapping[str, Any]:
     stored = read_json(path)
     if not isinstance(stored, Mapping):
         raise UserError(f"{path}: expected a profile, a JSON object with verify_ms")
-    costs = _verify_ms(path, stored.get("verify_ms"))
-    draft = _draft_ms(path, stored, depth, width) if draft_ms is None else draft_ms
-    return tuple(draft + interpolated(costs, sequences * (1 + k)) for k in range(budget + 1))
+    entries = stored.get("verify", [])
+    if not isinstance(entries, list) or not all(
+        isinstance(e, Mapping) and {"batch", "context", "ms"} <= e.keys() for e in entries
+    ):
+        raise UserError(f"{path}: verify must be a list of batch, context and ms, as draftsmith profile stores it")
+    return stored
+
+
+def _entry(path: Path, entries: Sequence[Any], batch: int, context: int | None) -> Mapping[str, Any]:
+    own = sorted((e for e in entries if e.get("batch") == batch), key=lambda e: e["context"])
+    if not own:
+        batches = sorted({e.get("batch") for e in entries})
+        raise UserError(
+            f"{path} was measured with {', '.join(map(str, batches))} sequences together, not with {batch}: run "
+            f"draftsmith profile with --batch {batch}, or set the growth's sequences"
+        )
+    if context is None:
+        return dict(own[0])
+    found = next((e for e in own if e["context"] == context), None)
+    if found is None:
+        raise UserError(f"{path} holds no costs for {batch} sequences of {context} tokens: run draftsmith profile")
+    return dict(found)
 
 
 def _verify_ms(path: Path, entry: object) -> dict[int, float]:
@@ -89,17 +184,45 @@ def _verify_ms(path: Path, entry: object) -> dict[int, float]:
     return costs
 
 
-def _draft_ms(path: Path, stored: Mapping[str, Any], depth: int, width: int) -> float:
-    measured = [
-        row.get("draft_ms")
-        for row in stored.get("growths", ())
-        if (grown := row.get("growth", {})).get("kind", "dynamic") == "dynamic"
-        and (grown.get("depth"), grown.get("width")) == (depth, width)
-    ]
-    draft = measured[0] if measured else stored.get("draft_ms")
-    if not isinstance(draft, int | float) or draft < 0:
-        raise UserError(
-            f"{path} holds no draft_ms for a tree of depth {depth} and width {width}: set the growth's draft_ms, or "
-            "a depth and width that were measured"
-        )
-    return float(draft)
+def _shapes(
+    path: Path, stored: Mapping[str, Any], batch: int, context: int | None, drafter: str | None
+) -> dict[tuple[int, int], float]:
+    """Milliseconds of drafting by depth and width."""
+    if "drafting" in stored:
+        rows = stored["drafting"]
+        names = sorted({row["drafter"] for row in rows})
+        if drafter is None and len(names) > 1 or drafter is not None and drafter not in names:
+            raise UserError(f"{path} holds costs of {', '.join(names) or 'no drafter'}: say which (growth.drafter)")
+        own = [row for row in rows if drafter in (None, row["drafter"]) and row["batch"] == batch]
+        least = min((row["context"] for row in own), default=None)
+        own = [row for row in own if row["context"] == (least if context is None else context)]
+        return {(row["depth"], row["width"]): float(row["ms"]) for row in own}
+    found: dict[tuple[int, int], float] = {}
+    for row in stored.get("growths", ()):
+        growth, ms = row.get("growth", {}), row.get("draft_ms")
+        if isinstance(ms, Mapping) and ms:  # by set of prompts
+            ms = sum(ms.values()) / len(ms)
+        # one that stops where it does not pay drafts less than a cost-aware tree of the same depth
+        whole = growth.get("kind", "dynamic") == "dynamic" and not growth.get("least_mass")
+        if whole and isinstance(ms, int | float):
+            found.setdefault((growth.get("depth"), growth.get("width")), float(ms))
+    return found
+
+
+def _between(known: Mapping[tuple[int, int], float], depth: int, width: int) -> float | None:
+    """The value at a depth and width: linear in depth, then in width; None outside of what was measured."""
+    by_width: dict[int, float] = {}
+    for w in {w for _, w in known}:
+        if (ms := _line({d: v for (d, own), v in known.items() if own == w}, depth)) is not None:
+            by_width[w] = ms
+    return _line(by_width, width)
+
+
+def _line(points: Mapping[int, float], x: int) -> float | None:
+    if x in points:
+        return points[x]
+    below, above = [p for p in points if p < x], [p for p in points if p > x]
+    if not below or not above:
+        return None
+    low, high = max(below), min(above)
+    return points[low] + (points[high] - points[low]) * (x - low) / (high - low)

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 from torch import Tensor
 
-from draftsmith.decoding.costs import affordable, stored_round_costs
+from draftsmith.decoding.costs import affordable, at_contexts, stored_contexts, stored_round_costs
 from draftsmith.decoding.drawn import Draws, SampledGrowth
 from draftsmith.decoding.shapes import STATIC_15, Level, Paths, checked, levels
 from draftsmith.decoding.stopping import EntropyStop, Remembered, acceptance_bound, committed, fresh
@@ -33,7 +33,7 @@ class Limits:
     Attributes:
         room: `[B]` int64, the deepest a node may stand in each row (tokens left to write, positions left); 0: no nodes.
         ends: `[E]` int64, end tokens: nothing is drafted after one.
-        draws: what random draws are keyed by; only sampled candidates need it.
+        draws: what random draws are keyed by, and where the first drafted token would stand.
     """
 
     room: Tensor
@@ -59,7 +59,7 @@ _OWN = {
     "paths": "static",
     "least_mass": "dynamic",
     **dict.fromkeys(("gamma", "threshold", "goal", "smoothing", "step"), "adaedl"),
-    **dict.fromkeys(("profile", "draft_ms", "sequences"), "cost-aware"),
+    **dict.fromkeys(("profile", "drafter", "draft_ms", "sequences"), "cost-aware"),
     **dict.fromkeys(("branches", "replacement"), "sampled"),
 }
 
@@ -96,12 +96,14 @@ class GrowthOptions(Options):
     goal: float = Field(default=0.8, ge=0, le=1, description="acceptance rate that the threshold steers to (adaedl)")
     smoothing: float = Field(default=0.5, ge=0, lt=1, description="weight of the past in that rate (adaedl)")
     step: float = Field(default=0.01, ge=0, le=1, description="how far the threshold moves in a round (adaedl)")
-    profile: Path | None = Field(default=None, description="costs stored by tune: profile.json (cost-aware)")
+    profile: Path | None = Field(
+        default=None, description="costs stored by draftsmith profile or by tune: profile.json (cost-aware)"
+    )
+    drafter: str | None = Field(default=None, description="who drafts, where the profile knows several (cost-aware)")
     draft_ms: float | None = Field(
         default=None, ge=0, description="milliseconds of drafting a round, instead of the profile's (cost-aware)"
     )
     sequences: int = Field(default=1, ge=1, description="sequences decoded together, in one pass (cost-aware)")
-
     branches: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(1, 1, 1, 1),
         min_length=1,
@@ -119,7 +121,7 @@ class GrowthOptions(Options):
     @model_validator(mode="after")
     def _has_costs(self) -> GrowthOptions:
         if self.kind == "cost-aware" and self.profile is None:
-            raise ValueError("a cost-aware growth needs a profile: the profile.json that tune wrote")
+            raise ValueError("a cost-aware growth needs a profile: what draftsmith profile or tune wrote")
         return self
 
     @model_serializer(mode="wrap")
@@ -144,13 +146,10 @@ class GrowthOptions(Options):
                 return SampledGrowth(self.branches, self.replacement)
             case "cost-aware":
                 assert self.profile is not None
-                return CostAwareGrowth(
-                    stored_round_costs(
-                        self.profile, self.node_budget, self.depth, self.width, self.draft_ms, self.sequences
-                    ),
-                    self.depth,
-                    self.width,
-                )
+                given = (self.profile, self.node_budget, self.depth, self.width, self.draft_ms, self.sequences)
+                contexts = stored_contexts(self.profile)
+                table = tuple(stored_round_costs(*given, c, self.drafter) for c in contexts or (None,))
+                return CostAwareGrowth(table[0], self.depth, self.width, contexts, table if contexts else ())
         return DynamicGrowth(self.node_budget, self.depth, self.width, self.least_mass)
 
 
@@ -302,16 +301,19 @@ class AdaEDLGrowth:
 class CostAwareGrowth:
     """A dynamic tree of as many nodes as maximise expected tokens per second, by stored costs (CaDDTree, 2606.01813).
 
-    Each sequence decides for itself, from its drafted probabilities and `round_ms` alone: a batch drafts what each
-    would alone, and a replay what was decoded.
+    Each sequence decides for itself, from its drafted probabilities, its length and the costs alone: a batch drafts
+    what each would alone, and a replay what was decoded.
 
     Attributes:
         round_ms: milliseconds of a round of 0 … budget nodes.
+        contexts, by_context: lengths at which these costs were measured, and the costs there; none: they hold for all.
     """
 
     round_ms: tuple[float, ...]
     depth: int
     width: int
+    contexts: tuple[int, ...] = ()
+    by_context: tuple[tuple[float, ...], ...] = ()
 
     @property
     def budget(self) -> int:
@@ -319,7 +321,9 @@ class CostAwareGrowth:
 
     def grow(self, drafter: Drafter, state: Any, proposal: Proposal, limits: Limits) -> DraftTree:
         tree = _dynamic(drafter, state, proposal, self.depth, self.width, limits)
-        return affordable(tree, self.round_ms, limits.room)
+        if not self.contexts or limits.draws is None:
+            return affordable(tree, self.round_ms, limits.room)
+        return affordable(tree, at_contexts(self.by_context, self.contexts, limits.draws.positions), limits.room)
 
 
 def _dynamic(
