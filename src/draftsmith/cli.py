@@ -182,10 +182,10 @@ def bench(
 
 @app.command("verify-lossless")
 def verify_lossless(
-    target: Annotated[str | None, typer.Option(help="Folder, hub id, GGUF file or smollm2; default: the run's.")] = None,
-    drafters: Annotated[
-        list[str] | None, typer.Option(help="name=path of a run or a drafter (several times).")
+    target: Annotated[
+        str | None, typer.Option(help="Folder, hub id, GGUF file or smollm2; default: the run's.")
     ] = None,
+    drafters: Annotated[list[str] | None, typer.Option(help="name=path of a run or a drafter (several times).")] = None,
     prompts: Annotated[str | None, typer.Option(help="A jsonl file or a benchmark; default: made prompts.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Prompts at most.")] = 20,
     temperatures: Annotated[str, typer.Option(help="By commas.")] = "0,1",
@@ -220,10 +220,10 @@ def verify_lossless(
 @app.command()
 def profile(
     out: Annotated[Path, typer.Option(help="The file of costs.")] = Path("profile.json"),
-    target: Annotated[str | None, typer.Option(help="Folder, hub id, GGUF file or smollm2; default: the run's.")] = None,
-    drafters: Annotated[
-        list[str] | None, typer.Option(help="name=path of a run or a drafter (several times).")
+    target: Annotated[
+        str | None, typer.Option(help="Folder, hub id, GGUF file or smollm2; default: the run's.")
     ] = None,
+    drafters: Annotated[list[str] | None, typer.Option(help="name=path of a run or a drafter (several times).")] = None,
     batch: Annotated[str, typer.Option(help="Sequences decoded together, by commas.")] = "1,4",
     context: Annotated[str, typer.Option(help="Tokens in each, by commas.")] = "128,512",
     repeats: Annotated[int, typer.Option(min=1, help="Of which the median is taken.")] = 8,

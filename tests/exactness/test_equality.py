@@ -78,8 +78,9 @@ def test_a_reduced_draft_vocabulary_changes_nothing(temperature: float) -> None:
         Sampling(temperature=0.8, repetition_penalty=1.2, top_p=0.9, seed=1),
         Sampling(temperature=1.0, no_repeat_ngram_size=2, top_k=20, seed=2),
         Sampling(temperature=1.3, min_p=0.05, suppress_tokens=(11, 12), seed=3),
+        Sampling(temperature=0.9, forced_eos_token_id=33, suppress_tokens=(END,), typical_p=0.8, seed=4),
     ],
-    ids=["penalty-greedy", "penalty-top-p", "no-repeat-top-k", "min-p-suppress"],
+    ids=["penalty-greedy", "penalty-top-p", "no-repeat-top-k", "min-p-suppress", "forced-typical"],
 )
 @pytest.mark.parametrize("growth", ["chain-4", "tree-15"])
 def test_processors_see_each_nodes_own_ancestors(sampling: Sampling, growth: str) -> None:

@@ -116,8 +116,8 @@ def all_nodes_have_the_roots_context(patch: Patch) -> None:
 def draws_are_keyed_by_the_row(patch: Patch) -> None:
     next_tokens = verification.next_tokens
 
-    def planted(logits: Tensor, sampling: Sampling, requests: Any, positions: Tensor, contexts: Any) -> Tensor:
-        return next_tokens(logits, sampling, requests, positions[:, :1] + torch.arange(positions.shape[1]), contexts)
+    def planted(logits: Tensor, sampling: Sampling, requests: Any, positions: Tensor, *rest: Any) -> Tensor:
+        return next_tokens(logits, sampling, requests, positions[:, :1] + torch.arange(positions.shape[1]), *rest)
 
     patch.setattr(verification, "next_tokens", planted)
 

@@ -66,7 +66,11 @@ def verify(
                 "schema": 1,
                 "lossless": sound,
                 "verdict": said,
-                "target": {"name": loaded.spec.name, "fingerprint": loaded.spec.fingerprint, "dtype": loaded.spec.dtype},
+                "target": {
+                    "name": loaded.spec.name,
+                    "fingerprint": loaded.spec.fingerprint,
+                    "dtype": loaded.spec.dtype,
+                },
                 "settings": settings,
                 "groups": [asdict(group) for group in groups],
                 "answers": [one.to_row() for one in found],
@@ -123,4 +127,3 @@ def _ids(target: HFTarget, conversation: Conversation) -> list[int]:
         return chat.prompt_ids(target.tokenizer, conversation.messages)
     ids: list[int] = target.tokenizer("\n".join(message.content for message in conversation.messages)).input_ids
     return ids
-

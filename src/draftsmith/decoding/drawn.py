@@ -62,7 +62,7 @@ def proposed(log_q: Tensor, sampling: Sampling) -> Tensor:
         return torch.full_like(scores, -torch.inf, dtype=torch.float64).scatter_(-1, best, 0.0)
     flat = scores.flatten(0, -2)
     unused = torch.empty((flat.shape[0], 0), dtype=torch.int64, device=flat.device)
-    for warp in processors(sampling)[1]:
+    for warp in processors(sampling, device=flat.device)[1]:
         flat = warp(unused, flat)
     return flat.double().log_softmax(dim=-1).view(scores.shape)
 

@@ -115,6 +115,7 @@ class _Run:
         self.prompts = [list(p) for p in prompts]
         self.ids = [list(p) for p in prompts]
         self.limits = [min(m, spec.max_positions - len(p)) for m, p in zip(limits, prompts, strict=True)]
+        self.lasts = [len(p) + m - 1 for p, m in zip(self.prompts, self.limits, strict=True)]
         self.ends = frozenset(spec.eos_ids)
         self.end_tensor = torch.tensor(sorted(self.ends), dtype=torch.int64, device=target.device)
         self.alive = [m > 0 for m in self.limits]
@@ -138,7 +139,8 @@ class _Run:
             assert out.logits is not None
             contexts = self.prompts if self.sampling.path_dependent else None
             positions = torch.tensor(lengths)[:, None]
-            first = next_tokens(out.logits[:, None], self.sampling, self.requests, positions, contexts)[:, 0].tolist()
+            given = (self.sampling, self.requests, positions, contexts, self.lasts)
+            first = next_tokens(out.logits[:, None], *given)[:, 0].tolist()
         tokens = torch.zeros((len(self.prompts), max(lengths) + 1), dtype=torch.int64)
         for b, token in enumerate(first):
             if self.alive[b]:
@@ -226,8 +228,8 @@ class _Run:
             assert out.logits is not None
             given = (tree, out.logits, self.sampling, self.requests, self.ids)
             if self.rule != "keyed":
-                return rejection.verdict(*given, self.rule)
-            chosen = verification.choices(*given)
+                return rejection.verdict(*given, self.rule, self.lasts)
+            chosen = verification.choices(*given, self.lasts)
         return verification.walk(tree, chosen)
 
     def _commit(self, tree: DraftTree, verdict: verification.Verdict) -> tuple[dict[int, Piece], list[int]]:

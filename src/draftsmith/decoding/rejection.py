@@ -16,6 +16,7 @@ processed distribution after a node and Q what its candidates were drawn from:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -104,6 +105,7 @@ def verdict(
     requests: Sequence[int | str],
     committed: Sequence[Sequence[int]],
     rule: Rule,
+    lasts: Sequence[int] | None = None,
 ) -> Verdict:
     """What is committed of trees of sampled candidates, from logits `[B, 1+N, V]`; arguments as in
     `verification.choices`.
@@ -121,8 +123,8 @@ def verdict(
         raise UserError("verification 'block' is for chains: let growth.branches be ones, or verification token")
     positions = torch.tensor([len(c) for c in committed], device=logits.device)
     draws = Draws(sampling, requests, positions)
-    judge = _block if rule == "block" else _tokens
-    path, tokens = judge(tree, sampled, logits, draws, committed)
+    judged = _Judged(tree, sampled, logits, draws, committed, lasts)
+    path, tokens = _block(judged) if rule == "block" else _tokens(judged)
     held = torch.zeros_like(logits[:, :, 0], dtype=torch.int64).scatter_reduce(
         1, tree.parents + 1, tree.live.long(), "amax"
     )
@@ -138,44 +140,73 @@ def verdict(
     return Verdict(nodes, written, reached)
 
 
-def _tokens(
-    tree: DraftTree, sampled: Sampled, logits: Tensor, draws: Draws, committed: Sequence[Sequence[int]]
-) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class _Judged:
+    tree: DraftTree
+    sampled: Sampled
+    logits: Tensor
+    draws: Draws
+    committed: Sequence[Sequence[int]]
+    lasts: Sequence[int] | None
+
+    def law(self, rows: Tensor, path: Sequence[Tensor]) -> Tensor:
+        """The target's distribution `[B, V]` float64 after rows `[B]`, which nodes `path` lead to."""
+        own = self.logits.gather(1, rows[:, None, None].expand(-1, 1, self.logits.shape[2]))[:, 0]
+        sampling = self.draws.sampling
+        contexts: list[list[int]] | None = None
+        if sampling.path_dependent:
+            taken = _stacked(path, rows)
+            ids = self.tree.tokens.gather(1, taken.clamp(min=0)) if path else taken
+            contexts = [
+                [*before, *(token for node, token in zip(nodes, tokens, strict=True) if node >= 0)]
+                for before, nodes, tokens in zip(self.committed, taken.tolist(), ids.tolist(), strict=True)
+            ]
+        scores = processed(own, contexts, sampling, self.lasts).double()
+        if sampling.temperature == 0.0:
+            return torch.zeros_like(scores).scatter_(1, scores.argmax(1, keepdim=True), 1.0)
+        return scores.softmax(dim=1)
+
+    def proposal(self, rows: Tensor) -> Tensor:
+        """What candidates below rows `[B]` were drawn from, over the target's vocabulary: `[B, V]` float64."""
+        q = self.sampled.log_q
+        row = rows.clamp(max=q.shape[1] - 1)
+        own = q.gather(1, row[:, None, None].expand(-1, 1, q.shape[2]))[:, 0].exp()
+        wide = torch.zeros((len(rows), self.logits.shape[2]), dtype=own.dtype, device=own.device)
+        return wide.index_copy_(1, self.sampled.target_ids, own)
+
+
+def _tokens(judged: _Judged) -> tuple[Tensor, Tensor]:
     """Accepted nodes by depth `[B, D]` (−1 behind the last) and the token after them `[B]`."""
+    tree, sampled, draws = judged.tree, judged.sampled, judged.draws
     live = tree.live
     at = torch.zeros_like(draws.positions)  # rows: 0 the root, 1 + n node n
     going = torch.ones_like(at, dtype=torch.bool)
     path: list[Tensor] = []
-    rest = _law(tree, logits, at, path, draws.sampling, committed)
+    rest = judged.law(at, path)
     first, wide = 0, 1  # the parents' first row and number; nodes above this depth: all rows to theirs but the root
     for depth, count in enumerate(sampled.branches, start=1):
         kids = first + wide - 1 + (at - first)[:, None] * count + torch.arange(count, device=at.device)
         kids = kids.clamp(0, tree.size - 1)
-        tokens = tree.tokens.gather(1, kids)
         there = live.gather(1, kids) & going[:, None]
-        chance, after = chances(rest, _proposal(sampled, at, rest), tokens, there, sampled.replacement)
+        chance, after = chances(rest, judged.proposal(at), tree.tokens.gather(1, kids), there, sampled.replacement)
         fell = drawn.flip(chance, draws.keys("acceptance", depth))
         chosen = kids.gather(1, fell.byte().argmax(1, keepdim=True))[:, 0]
         going = going & fell.any(1)
         path.append(torch.where(going, chosen, -1))
         at = torch.where(going, chosen + 1, at)
-        deeper = _law(tree, logits, at, path, draws.sampling, committed)
-        rest = torch.where(going[:, None], deeper, after)
+        rest = torch.where(going[:, None], judged.law(at, path), after)
         first, wide = first + wide, wide * count
     return _stacked(path, at), _next(rest, path, draws)
 
 
-def _block(
-    tree: DraftTree, sampled: Sampled, logits: Tensor, draws: Draws, committed: Sequence[Sequence[int]]
-) -> tuple[Tensor, Tensor]:
-    live = tree.live
-    index = torch.arange(tree.size, device=live.device).expand(tree.batch, -1)
+def _block(judged: _Judged) -> tuple[Tensor, Tensor]:
+    tree, draws = judged.tree, judged.draws
+    index = torch.arange(tree.size, device=tree.tokens.device).expand(tree.batch, -1)
     rows = [torch.full_like(draws.positions, row) for row in range(1 + tree.size)]
     nodes = [row - 1 for row in rows[1:]]
-    laws = [_law(tree, logits, row, nodes[:i], draws.sampling, committed) for i, row in enumerate(rows)]
-    q = [_proposal(sampled, row, laws[0]) for row in rows[:-1]]
-    p = torch.stack(laws, 1)
-    coins, rest = block_chances(p, torch.stack(q, 1) if q else p[:, :0], tree.tokens, live.sum(1))
+    p = torch.stack([judged.law(row, nodes[:i]) for i, row in enumerate(rows)], 1)
+    q = torch.stack([judged.proposal(row) for row in rows[:-1]], 1) if nodes else p[:, :0]
+    coins, rest = block_chances(p, q, tree.tokens, tree.live.sum(1))
     fell = [drawn.flip(coins[:, i : i + 1], draws.keys("acceptance", i + 1)) for i in range(tree.size)]
     taken = torch.where(torch.cat(fell, 1), index + 1, 0).amax(1) if fell else draws.positions * 0
     path = torch.where(index < taken[:, None], index, -1)
@@ -188,37 +219,6 @@ def _next(weights: Tensor, path: Sequence[Tensor], draws: Draws) -> Tensor:
     depth = sum((node >= 0 for node in path), torch.zeros_like(draws.positions))
     keys = torch.stack([draws.keys("remainder", d) for d in range(1, len(path) + 2)], 1).to(weights.device)
     return drawn.pick(weights, keys.gather(1, depth[:, None])[:, 0])
-
-
-def _law(
-    tree: DraftTree,
-    logits: Tensor,
-    rows: Tensor,
-    path: Sequence[Tensor],
-    sampling: Sampling,
-    committed: Sequence[Sequence[int]],
-) -> Tensor:
-    """The target's distribution `[B, V]` float64 after rows `[B]`, which accepted nodes `path` lead to."""
-    own = logits.gather(1, rows[:, None, None].expand(-1, 1, logits.shape[2]))[:, 0]
-    contexts: list[list[int]] | None = None
-    if sampling.path_dependent:
-        taken = _stacked(path, rows)
-        ids = tree.tokens.gather(1, taken.clamp(min=0)) if path else taken
-        contexts = [
-            [*before, *(token for node, token in zip(nodes, tokens, strict=True) if node >= 0)]
-            for before, nodes, tokens in zip(committed, taken.tolist(), ids.tolist(), strict=True)
-        ]
-    scores = processed(own, contexts, sampling).double()
-    if sampling.temperature == 0.0:
-        return torch.zeros_like(scores).scatter_(1, scores.argmax(1, keepdim=True), 1.0)
-    return scores.softmax(dim=1)
-
-
-def _proposal(sampled: Sampled, rows: Tensor, like: Tensor) -> Tensor:
-    """What candidates below rows `[B]` were drawn from, over the target's vocabulary: `[B, V]` float64."""
-    row = rows.clamp(max=sampled.log_q.shape[1] - 1)
-    own = sampled.log_q.gather(1, row[:, None, None].expand(-1, 1, sampled.log_q.shape[2]))[:, 0].exp()
-    return torch.zeros_like(like).index_copy_(1, sampled.target_ids, own)
 
 
 def _stacked(path: Sequence[Tensor], like: Tensor) -> Tensor:

@@ -43,17 +43,19 @@ def choices(
     sampling: Sampling,
     requests: Sequence[int | str],
     committed: Sequence[Sequence[int]],
+    lasts: Sequence[int] | None = None,
 ) -> Tensor:
     """The target's token after the root and after each node, `[B, 1+N]` int64, from logits `[B, 1+N, V]`.
 
     Args:
         committed: each sequence's ids so far, the root last; a node's context is these and its own ancestors.
+        lasts: as in `next_tokens`.
     """
     device = logits.device
     lengths = torch.tensor([len(c) for c in committed])
     depths = torch.cat([torch.zeros((tree.batch, 1), dtype=torch.int64), tree.depths.cpu()], dim=1)
     contexts = _contexts(tree, committed) if sampling.path_dependent else None
-    return next_tokens(logits, sampling, requests, (lengths[:, None] + depths).to(device), contexts)
+    return next_tokens(logits, sampling, requests, (lengths[:, None] + depths).to(device), contexts, lasts)
 
 
 def walk(tree: DraftTree, chosen: Tensor) -> Verdict:

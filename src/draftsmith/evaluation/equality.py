@@ -56,11 +56,12 @@ def check(
     speculative: Sequence[int],
     sampling: Sampling,
     request: int | str,
+    last: int | None = None,
 ) -> Equality:
     """Compare two answers to a prompt, decoded with the same sampling, seed and request.
 
     Near ties are DESIGN's: in float32 a gap below 1e-4; in bfloat16 and float16 at most 4 ulp of the row's largest
-    logit, divided by the temperature.
+    logit, divided by the temperature. `last` is the position of the last token that fitted (`forced_eos_token_id`).
     """
     if list(plain) == list(speculative):
         return Equality(True, None, False, 0.0)
@@ -70,14 +71,19 @@ def check(
         return Equality(False, place, False, math.inf)
     ids = [*prompt_ids, *plain[: place + 1]]
     hidden = _read(target, ids)
-    scores, tolerance = _scores(target, hidden[-1:], ids, range(len(ids) - 1, len(ids)), sampling, request)
+    scores, tolerance = _scores(target, hidden[-1:], ids, range(len(ids) - 1, len(ids)), sampling, request, last)
     row = scores[0]
     gap = float(row.max() - torch.minimum(row[plain[place]], row[speculative[place]]))
     return Equality(False, place, _near(gap, float(tolerance[0]), target.dtype), gap)
 
 
 def teacher_forced(
-    target: HFTarget, prompt_ids: Sequence[int], answer_ids: Sequence[int], sampling: Sampling, request: int | str = 0
+    target: HFTarget,
+    prompt_ids: Sequence[int],
+    answer_ids: Sequence[int],
+    sampling: Sampling,
+    request: int | str = 0,
+    last: int | None = None,
 ) -> int:
     """How many of an answer's tokens lie farther below their row's maximum than rounding explains: 0 is expected.
 
@@ -91,7 +97,7 @@ def teacher_forced(
     for first in range(len(prompt_ids), len(ids), ROWS):
         places = range(first, min(first + ROWS, len(ids)))
         rows = hidden[first - 1 : places.stop - 1]
-        scores, tolerance = _scores(target, rows, ids, places, sampling, request)
+        scores, tolerance = _scores(target, rows, ids, places, sampling, request, last)
         chosen = torch.tensor([ids[place] for place in places], device=scores.device)
         gaps = scores.amax(dim=1) - scores.gather(1, chosen[:, None])[:, 0]
         judged = zip(gaps.tolist(), tolerance.tolist(), strict=True)
@@ -118,7 +124,13 @@ def _read(target: HFTarget, ids: Sequence[int]) -> Tensor:
 
 @torch.inference_mode()
 def _scores(
-    target: HFTarget, hidden: Tensor, ids: Sequence[int], places: range, sampling: Sampling, request: int | str
+    target: HFTarget,
+    hidden: Tensor,
+    ids: Sequence[int],
+    places: range,
+    sampling: Sampling,
+    request: int | str,
+    last: int | None,
 ) -> tuple[Tensor, Tensor]:
     """What the argmax was taken of, for the tokens at `places`: scores `[R, V]` float64 and tolerances `[R]`.
 
@@ -126,7 +138,8 @@ def _scores(
     """
     logits = target.project(hidden)
     contexts = [ids[:place] for place in places] if sampling.path_dependent else None
-    scores = processed(logits, contexts, sampling).double()
+    lasts = None if last is None else [last] * len(places)
+    scores = processed(logits, contexts, sampling, lasts).double()
     scale = 1.0
     if sampling.temperature > 0.0:
         scale = sampling.temperature

@@ -179,5 +179,3 @@ def verdict(found: Sequence[Compared], dtype: str) -> tuple[bool, str]:
     if other := answers - equal - ties:
         said += f", {other} part from it where rounding decides"
     return True, f"{said}; {accepted} drafted tokens were accepted, up to {deepest} in a round"
-
-

@@ -32,23 +32,48 @@ class Sampling(Options):
     min_p: float = Field(
         default=0.0, ge=0.0, le=1.0, description="drop tokens below this fraction of the likeliest one's probability"
     )
+    typical_p: float = Field(
+        default=1.0, gt=0.0, le=1.0, description="keep the tokens of most typical information with this probability"
+    )
+    epsilon_cutoff: float = Field(default=0.0, ge=0.0, lt=1.0, description="drop tokens below this probability")
+    eta_cutoff: float = Field(
+        default=0.0, ge=0.0, lt=1.0, description="drop tokens below this probability, less where all are unlikely"
+    )
     repetition_penalty: float = Field(default=1.0, gt=0.0, description="divide the logits of tokens already seen")
     no_repeat_ngram_size: int = Field(default=0, ge=0, description="never write an n-gram twice; 0 allows it")
+    forced_bos_token_id: int | None = Field(
+        default=None, ge=0, description="written second, behind a prompt of one token (translation models)"
+    )
+    forced_eos_token_id: int | None = Field(
+        default=None, ge=0, description="written where only one more token fits into the answer"
+    )
     suppress_tokens: tuple[int, ...] = Field(default=(), description="token ids that are never written")
     seed: int = Field(default=0, description="the same seed gives the same text")
 
     @property
     def path_dependent(self) -> bool:
         """Whether a row's processing depends on the tokens before it."""
-        return self.repetition_penalty != 1.0 or self.no_repeat_ngram_size > 0
+        forced = self.forced_bos_token_id is not None or self.forced_eos_token_id is not None
+        return self.repetition_penalty != 1.0 or self.no_repeat_ngram_size > 0 or forced
 
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 
 
-def processors(sampling: Sampling) -> tuple[list[Processor], list[Processor]]:
-    """transformers' processors that read a row's ids, and its warpers that don't, each in `generate`'s order."""
+def processors(
+    sampling: Sampling, last: int | None = None, device: torch.device | None = None
+) -> tuple[list[Processor], list[Processor]]:
+    """transformers' processors that read a row's ids, and its warpers that don't, each in `generate`'s order.
+
+    Args:
+        last: the position of the last token that fits, for `forced_eos_token_id`; None: it is not near.
+        device: of the scores; default: the CPU.
+    """
     from transformers import (
+        EpsilonLogitsWarper,
+        EtaLogitsWarper,
+        ForcedBOSTokenLogitsProcessor,
+        ForcedEOSTokenLogitsProcessor,
         MinPLogitsWarper,
         NoRepeatNGramLogitsProcessor,
         RepetitionPenaltyLogitsProcessor,
@@ -56,15 +81,21 @@ def processors(sampling: Sampling) -> tuple[list[Processor], list[Processor]]:
         TemperatureLogitsWarper,
         TopKLogitsWarper,
         TopPLogitsWarper,
+        TypicalLogitsWarper,
     )
 
+    place = str(device or "cpu")
     first: list[Any] = []
     if sampling.repetition_penalty != 1.0:
         first.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
     if sampling.no_repeat_ngram_size:
         first.append(NoRepeatNGramLogitsProcessor(sampling.no_repeat_ngram_size))
+    if sampling.forced_bos_token_id is not None:
+        first.append(ForcedBOSTokenLogitsProcessor(sampling.forced_bos_token_id))
+    if sampling.forced_eos_token_id is not None and last is not None:
+        first.append(ForcedEOSTokenLogitsProcessor(last + 1, sampling.forced_eos_token_id, place))
     if sampling.suppress_tokens:
-        first.append(SuppressTokensLogitsProcessor(list(sampling.suppress_tokens)))
+        first.append(SuppressTokensLogitsProcessor(list(sampling.suppress_tokens), place))
     if sampling.temperature == 0.0:
         return first, []
     warpers: list[Any] = []
@@ -76,35 +107,49 @@ def processors(sampling: Sampling) -> tuple[list[Processor], list[Processor]]:
         warpers.append(TopPLogitsWarper(sampling.top_p))
     if sampling.min_p:
         warpers.append(MinPLogitsWarper(sampling.min_p))
+    if sampling.typical_p < 1.0:
+        warpers.append(TypicalLogitsWarper(sampling.typical_p))
+    if sampling.epsilon_cutoff:
+        warpers.append(EpsilonLogitsWarper(sampling.epsilon_cutoff))
+    if sampling.eta_cutoff:
+        warpers.append(EtaLogitsWarper(sampling.eta_cutoff, device=place))
     return first, warpers
 
 
-def processed(logits: Tensor, contexts: Sequence[Sequence[int]] | None, sampling: Sampling) -> Tensor:
+def processed(
+    logits: Tensor,
+    contexts: Sequence[Sequence[int]] | None,
+    sampling: Sampling,
+    lasts: Sequence[int] | None = None,
+) -> Tensor:
     """Scores `[R, V]` float32 that `generate` would draw from: log p up to a constant, −inf where filtered.
 
     Args:
         logits: `[R, V]`, any float format; float64 stays float64.
         contexts: for each row all ids before the token to draw (its own ancestors included); needed only where
             `sampling.path_dependent`.
+        lasts: for each row the position of the last token that fits into its answer; needed only for
+            `forced_eos_token_id`.
     """
     scores = logits if logits.dtype == torch.float64 else logits.float()
-    first, warpers = processors(sampling)
-    if first:
-        assert contexts is not None or not sampling.path_dependent
+    first, warpers = processors(sampling, device=scores.device)
+    unused = torch.empty((scores.shape[0], 0), dtype=torch.int64, device=scores.device)
+    if sampling.path_dependent:
+        assert contexts is not None
+        assert lasts is not None or sampling.forced_eos_token_id is None
         # A row at a time: its ancestors are its own, and rows differ in length. These options are rare and the row is
         # what transformers' code is written for.
         rows = []
         for r in range(scores.shape[0]):
-            context = list(contexts[r]) if contexts is not None else []
-            ids = torch.tensor([context], dtype=torch.int64, device=scores.device)
+            ids = torch.tensor([list(contexts[r])], dtype=torch.int64, device=scores.device)
             row = scores[r : r + 1]
-            for process in first:
+            for process in first if lasts is None else processors(sampling, lasts[r], scores.device)[0]:
                 row = process(ids, row)
             rows.append(row)
         scores = torch.cat(rows)
-    unused = torch.empty((scores.shape[0], 0), dtype=torch.int64, device=scores.device)
-    for warp in warpers:
-        scores = warp(unused, scores)
+        first = []
+    for process in (*first, *warpers):
+        scores = process(unused, scores)
     return scores
 
 
@@ -130,6 +175,7 @@ def next_tokens(
     requests: Sequence[int | str],
     positions: Tensor,
     contexts: Sequence[Sequence[int]] | None = None,
+    lasts: Sequence[int] | None = None,
 ) -> Tensor:
     """The target's token after each row.
 
@@ -138,6 +184,7 @@ def next_tokens(
         requests: what names each sequence of the batch; part of the key.
         positions: `[B, R]` int64, the position at which the token would stand.
         contexts: for each of the B·R rows the ids before that position; only where `sampling.path_dependent`.
+        lasts: for each of the B sequences the position of the last token that fits; only for `forced_eos_token_id`.
 
     Returns:
         `[B, R]` int64.
@@ -148,7 +195,8 @@ def next_tokens(
         keys = seeding.position_keys(sampling.seed, requests, positions, "token").reshape(-1).to(logits.device)
     scores = logits.reshape(batch * rows, vocab)
     if sampling.temperature > 0.0 or processors(sampling)[0]:
-        scores = processed(scores, contexts, sampling)  # the largest is the largest in any number format
+        each = None if lasts is None else [last for last in lasts for _ in range(rows)]
+        scores = processed(scores, contexts, sampling, each)  # the largest is the largest in any number format
     return draw(scores, keys, sampling).reshape(batch, rows)
 
 
@@ -198,7 +246,8 @@ def write(
     while alive:
         positions = torch.tensor([[lengths[b] + len(texts[b])] for b in alive])
         contexts = [[*prompts[b], *texts[b]] for b in alive] if sampling.path_dependent else None
-        tokens = next_tokens(logits, sampling, [requests[b] for b in alive], positions, contexts)[:, 0].cpu()
+        names, lasts = [requests[b] for b in alive], [lengths[b] + room[b] - 1 for b in alive]
+        tokens = next_tokens(logits, sampling, names, positions, contexts, lasts)[:, 0].cpu()
         stay = []
         for i, (b, token) in enumerate(zip(alive, tokens.tolist(), strict=True)):
             texts[b].append(token)

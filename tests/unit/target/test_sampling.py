@@ -19,6 +19,8 @@ PATHS: list[dict[str, Any]] = [
     {"repetition_penalty": 1.4},
     {"no_repeat_ngram_size": 2},
     {"repetition_penalty": 0.7, "no_repeat_ngram_size": 3, "suppress_tokens": (12, 40)},
+    {"suppress_tokens": (9, 33)},
+    {"repetition_penalty": 1.4, "forced_eos_token_id": 33, "forced_bos_token_id": 20, "suppress_tokens": (9, 40)},
 ]
 WARPS: list[dict[str, Any]] = [
     {"temperature": 1.0},
@@ -26,6 +28,9 @@ WARPS: list[dict[str, Any]] = [
     {"temperature": 1.7, "top_p": 0.7},
     {"temperature": 0.8, "min_p": 0.1},
     {"temperature": 1.3, "top_k": 12, "top_p": 0.9, "min_p": 0.02},
+    {"temperature": 1.0, "typical_p": 0.6},
+    {"temperature": 1.2, "epsilon_cutoff": 0.02},
+    {"temperature": 1.2, "top_p": 0.95, "eta_cutoff": 0.03},
     {"temperature": 0.0},
 ]
 
@@ -56,10 +61,32 @@ def test_scores_equal_those_of_generate(path: dict[str, Any], warp: dict[str, An
     )
     text = out.sequences[0].tolist()
     contexts = [text[: len(prompt) + i] for i in range(len(out.scores))]
-    found = processed(torch.cat(out.logits), contexts, sampling)
+    found = processed(torch.cat(out.logits), contexts, sampling, [len(prompt) + 9] * len(contexts))
     torch.testing.assert_close(found, torch.cat(out.scores), rtol=0, atol=0)
     changed = int((found != torch.cat(out.logits)).sum())
     assert (changed > 0) == (options not in ({"temperature": 1.0}, {"temperature": 0.0}))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_forced_tokens_stand_where_generate_puts_them(temperature: float) -> None:
+    """A token forced to the answer's end, and one behind a prompt of one token."""
+    target = tiny_target("llama")
+    options: dict[str, Any] = {"forced_eos_token_id": 33, "forced_bos_token_id": 20, "suppress_tokens": (END,)}
+    for prompt in ([9], prompts(1, seed=2)[0]):
+        ids = torch.tensor([prompt])
+        asked = {**options, "suppress_tokens": [END]}
+        sampled = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+        theirs = target.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, **sampled, **asked)[
+            0
+        ].tolist()
+        ours = Engine(target).generate([prompt], Sampling(temperature=temperature, **options), 8)[0].token_ids
+        assert len(ours) == len(theirs) - len(prompt) == 8
+        assert ours[-1] == theirs[-1] == 33
+        assert (ours[0] == 20) == (len(prompt) == 1)
+        if not temperature:
+            assert ours == theirs[len(prompt) :]
+        written = [e for e in write(target, [prompt], [0], Sampling(temperature=temperature, **options), 8)]
+        assert [e.token_ids for e in written if isinstance(e, Written)] == [ours]
 
 
 def test_scores_are_wide_whatever_the_logits_are() -> None:
