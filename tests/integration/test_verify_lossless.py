@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from draftsmith.decoding import verification
 from draftsmith.decoding.tree import DraftTree
@@ -36,6 +37,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A tiny target and an untrained head for it."""
     root = tmp_path_factory.mktemp("lossless")
     target = write_target(root / "target")
+    # a target is the same in every number format that holds its stored values
+    AutoModelForCausalLM.from_pretrained(target, dtype=torch.bfloat16).save_pretrained(target)
     loaded = load_target(target, "float32", "cpu")
     vocab = VocabMap(torch.arange(0, loaded.spec.vocab_size, 2), loaded.spec.vocab_size)
     torch.manual_seed(0)

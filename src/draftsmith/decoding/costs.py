@@ -191,7 +191,7 @@ def _shapes(
     if "drafting" in stored:
         rows = stored["drafting"]
         names = sorted({row["drafter"] for row in rows})
-        if drafter is None and len(names) > 1 or drafter is not None and drafter not in names:
+        if (len(names) > 1) if drafter is None else drafter not in names:
             raise UserError(f"{path} holds costs of {', '.join(names) or 'no drafter'}: say which (growth.drafter)")
         own = [row for row in rows if drafter in (None, row["drafter"]) and row["batch"] == batch]
         least = min((row["context"] for row in own), default=None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -81,19 +82,19 @@ class DraftTree:
 
     def ancestors(self) -> Tensor:
         """`[B, N, N]` bool: `[b, i, j]` if node j is node i or stands above it."""
+        return self.lineage
+
+    @cached_property
+    def lineage(self) -> Tensor:
+        """What `ancestors` says, computed once."""
         batch, size = self.tokens.shape
         device = self.tokens.device
-        above = torch.eye(size, dtype=torch.bool, device=device).expand(batch, -1, -1).clone()
-        pointer = self.parents
-        for _ in range(int(self.depths.max()) if size else 0):
-            hit = pointer >= 0
-            above.scatter_(
-                2,
-                pointer.clamp(min=0)[:, :, None],
-                (hit | above.gather(2, pointer.clamp(min=0)[:, :, None])[:, :, 0])[:, :, None],
-            )
-            pointer = torch.where(hit, self.parents.gather(1, pointer.clamp(min=0)), pointer)
-        return above
+        # (1 + P)^n is where n steps up lead, P being each node's step to its parent: squared until no path is longer.
+        steps = torch.zeros((batch, size, 1 + size), device=device).scatter_(2, self.parents[:, :, None] + 1, 1.0)
+        reach = steps[:, :, 1:] + torch.eye(size, device=device)
+        for _ in range(max(size - 1, 0).bit_length()):
+            reach = (reach @ reach).sign_()
+        return reach.bool()
 
     def rows(self, roots: Tensor) -> Rows:
         """The verification rows of these trees under roots `[B]`; padding rows see only the root and themselves."""

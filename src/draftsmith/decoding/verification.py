@@ -66,10 +66,7 @@ def walk(tree: DraftTree, chosen: Tensor) -> Verdict:
     """
     batch = tree.batch
     hit = (tree.tokens == chosen.gather(1, tree.parents + 1)) & tree.live
-    accepted = hit & (tree.depths == 1)
-    for depth in range(2, int(tree.depths.max()) + 1 if tree.size else 0):
-        above = accepted.gather(1, tree.parents.clamp(min=0))
-        accepted = accepted | (hit & above & (tree.depths == depth))
+    accepted = (hit[:, None, :] | ~tree.lineage).all(dim=2)
     # One transfer to the host a round: everything below is plain lists.
     packed = torch.cat(
         [accepted.long(), tree.depths, tree.parents, tree.tokens, tree.live.long(), chosen], dim=1

@@ -79,7 +79,7 @@ def test_unusable_profiles_are_named(tmp_path: Path, content: Any) -> None:
 
 
 def test_a_tuned_profile_tells_drafting_by_set(tmp_path: Path) -> None:
-    """`tune` keeps what drafting takes on each set; trees that stop where it does not pay are no measure of whole ones."""
+    """`tune` keeps what drafting takes on each set; trees that stop early are no measure of whole ones."""
     grown = [
         {"growth": {"kind": "dynamic", "depth": 4, "width": 2, "least_mass": 0.2}, "draft_ms": {"chat": 1.0}},
         {"growth": {"kind": "dynamic", "depth": 4, "width": 2, "least_mass": 0.0}, "draft_ms": {"chat": 3, "math": 5}},
@@ -98,10 +98,10 @@ MEASURED: dict[str, Any] = {
     ],
     "drafting": [
         {"drafter": name, "batch": batch, "context": context, "depth": depth, "width": width, "ms": ms * batch}
-        for name, ms in (("a", 1.0), ("b", 2.0))
+        for name, unit in (("a", 1.0), ("b", 2.0))
         for batch in (1, 4)
         for context in (100, 300)
-        for depth, width, ms in ((1, 2, ms), (5, 2, 9 * ms), (1, 6, 3 * ms), (5, 6, 11 * ms))
+        for depth, width, ms in ((1, 2, unit), (5, 2, 9 * unit), (1, 6, 3 * unit), (5, 6, 11 * unit))
     ],
 }
 

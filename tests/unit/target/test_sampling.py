@@ -85,7 +85,7 @@ def test_forced_tokens_stand_where_generate_puts_them(temperature: float) -> Non
         assert (ours[0] == 20) == (len(prompt) == 1)
         if not temperature:
             assert ours == theirs[len(prompt) :]
-        written = [e for e in write(target, [prompt], [0], Sampling(temperature=temperature, **options), 8)]
+        written = list(write(target, [prompt], [0], Sampling(temperature=temperature, **options), 8))
         assert [e.token_ids for e in written if isinstance(e, Written)] == [ours]
 
 
