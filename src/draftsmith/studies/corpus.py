@@ -7,14 +7,12 @@ answers at each temperature. One folder for each step, named by what it is made 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-import torch
 from pydantic import Field
 
 from draftsmith.data import benchmarks, regenerate
@@ -27,7 +25,6 @@ from draftsmith.evaluation.replayed import stored_answer
 from draftsmith.foundation import artefacts, options, seeding
 from draftsmith.foundation.errors import UserError
 from draftsmith.foundation.options import Options
-from draftsmith.numerics.distributions import statistics
 from draftsmith.target.model import HFTarget
 from draftsmith.target.protocol import FeatureSpec
 from draftsmith.target.replay import StoredAnswer
@@ -36,7 +33,6 @@ from draftsmith.training.batches import counted_starts
 
 WRAPS = {"as-is": benchmarks.as_is, "final-number": benchmarks.final_number, "function-only": benchmarks.function_only}
 SPLITS = ("train", "dev", "test")
-TIMED_BATCHES = 4
 
 
 class DomainOptions(Options):
@@ -98,7 +94,6 @@ class Corpus:
         _ = self.prompts, self.training
         for temperature in self.options.temperatures:
             self.test_store(temperature)
-        _ = self.scoring_seconds
 
     @cached_property
     def identity(self) -> dict[str, object]:
@@ -171,22 +166,6 @@ class Corpus:
                 answers = [stored_answer(store[i]) for i in ids]
                 found.append(AnswerSet(name, self.options.domains[name].test, temperature, ids, answers))
         return found
-
-    @cached_property
-    def scoring_seconds(self) -> float:
-        """Seconds for a position of the pass that only scores, the fastest of a few batches; measured once."""
-        path = self.folder / "scoring.json"
-        if not path.is_file():
-            batches = feature_store.plan(self.training.lengths, self.options.features.batch_positions)
-            middle = len(batches) // 2
-            rates = []
-            for batch in batches[middle : middle + TIMED_BATCHES]:
-                samples = [self.training[i] for i in batch]
-                started = time.perf_counter()
-                _score(self.target, [s.ids for s in samples])
-                rates.append((time.perf_counter() - started) / sum(len(s.ids) for s in samples))
-            artefacts.write_json(path, min(rates))
-        return float(artefacts.read_json(path))
 
     def test_store(self, temperature: float) -> FeatureStore:
         """Features of the test answers at a temperature."""
@@ -286,17 +265,3 @@ def _tested(domain: DomainOptions, count: int, seed: int) -> list[Conversation]:
             left -= regenerate.turns(conversation)
             taken.append(replace(conversation, answer=None))
     return taken
-
-
-@torch.no_grad()
-def _score(target: HFTarget, texts: Sequence[torch.Tensor]) -> None:
-    """The pass that scores: what choosing samples costs."""
-    lengths = [len(ids) for ids in texts]
-    ids = torch.zeros((len(texts), max(lengths)), dtype=torch.int64)
-    for b, text in enumerate(texts):
-        ids[b, : lengths[b]] = text
-    final = target.read(ids, lengths, FeatureSpec((), True))["final"]
-    valid = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
-    following = torch.nn.functional.pad(ids[:, 1:], (0, 1))
-    flat = valid.to(final.device)
-    statistics(final[flat], target.project, following[valid].to(flat.device))

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, count, islice
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 
+from draftsmith.data import features as feature_store
 from draftsmith.drafters.checkpoint import load_drafter
 from draftsmith.drafters.eagle3 import Eagle3, auxiliary_layers, eagle3_options
 from draftsmith.foundation import artefacts, seeding
 from draftsmith.foundation.errors import UserError
 from draftsmith.numerics import losses
+from draftsmith.numerics.distributions import statistics
 from draftsmith.recipe import DrafterOptions
 from draftsmith.studies.corpus import Corpus
 from draftsmith.studies.rows import TrainingCost
 from draftsmith.target.model import HFTarget
+from draftsmith.target.protocol import FeatureSpec
 from draftsmith.target.vocabulary import VocabMap
 from draftsmith.training.batches import epoch_plan
 from draftsmith.training.dev import Dev
@@ -27,7 +31,7 @@ from draftsmith.training.options import TrainOptions
 from draftsmith.training.trainer import train
 
 LOG = "training.jsonl"
-FASTEST = 0.1
+TIMED = 4  # batches of each kind
 
 
 def layers_of(target: HFTarget, o: DrafterOptions) -> tuple[int, ...]:
@@ -106,20 +110,71 @@ def trained_head(
     if not (place / artefacts.MANIFEST).is_file():
         loss = objective(head) if objective else objective_of(corpus, head, o)
         train(head, loss, source or corpus.training, kept, dev, o, place, log, meta)
-    rows = [row for row in artefacts.read_jsonl(log) if "loss" in row]
     positions = positions_of(corpus, kept, o)
-    # both paces are those of the machine left alone, as far as that can be told
-    pace = float(np.quantile([1 / float(row["positions_per_second"]) for row in rows], FASTEST))
     cost = TrainingCost(
-        training_seconds=round(sum(float(row["seconds"]) for row in rows), 3),
+        training_seconds=round(sum(float(row["seconds"]) for row in artefacts.read_jsonl(log) if "loss" in row), 3),
         training_steps=steps_of(corpus, kept, o),
         training_positions=positions,
         training_cost=positions * o.unroll_steps,
-        pass_ratio=round(corpus.scoring_seconds / pace, 4),
+        pass_ratio=pass_ratio(corpus, vocab, o),
     )
     trained = load_drafter(place, corpus.target, checksums=False)
     assert isinstance(trained, Eagle3)
     return trained, cost
+
+
+def pass_ratio(corpus: Corpus, vocab: VocabMap, o: TrainOptions) -> float:
+    """Seconds in which the target reads and scores a position ÷ seconds of training on one; measured once a study.
+
+    On a CPU the seconds are the process's own, which a busy machine changes least. Both are the least of a few batches.
+    """
+    path = corpus.folder / "pass.json"
+    if not path.is_file():
+        store, target = corpus.training, corpus.target
+        lengths = dict(zip(store.ids, store.lengths, strict=True))
+        ids = corpus.train_ids
+        plan = epoch_plan([lengths[i] for i in ids], o.row_length, o.batch_positions, 0, 0)
+        head = fresh_head(corpus, vocab, 0)
+        objective = objective_of(corpus, head, o)
+        optimiser = torch.optim.AdamW(head.parameters(), lr=0.0, foreach=True)
+
+        def step(rows: Sequence[Sequence[int]]) -> int:
+            batch = objective.collate([[store[ids[i]] for i in row] for row in rows], head.device)
+            with torch.autocast(head.device.type, torch.bfloat16, enabled=o.precision == "bfloat16"):
+                loss = sum(term.weight * term.values.mean() for term in objective.losses(batch, (0, 0)))
+            loss.backward()  # type: ignore[union-attr]
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            return batch.positions
+
+        def read(group: Sequence[int]) -> int:
+            texts = [store[i].ids for i in group]
+            padded = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+            final = target.read(padded, [len(t) for t in texts], FeatureSpec((), True))["final"]
+            statistics(final.flatten(0, 1), target.project, padded.roll(-1, 1).flatten().to(final.device))
+            return sum(map(len, texts))
+
+        groups = feature_store.plan(store.lengths, corpus.options.features.batch_positions)
+        middle = len(groups) // 2
+        reading = _least(read, groups[middle : middle + TIMED], target.device)
+        training = _least(step, plan[: 2 * TIMED], target.device)
+        artefacts.write_json(path, {"read_ms": 1e3 * reading, "train_ms": 1e3 * training})
+    known = artefacts.read_json(path)
+    return round(float(known["read_ms"]) / float(known["train_ms"]), 4)
+
+
+def _least(work: Callable[[Any], int], batches: Sequence[Any], device: torch.device) -> float:
+    """Least seconds of a position over some batches, each worked on after a first one that warms up."""
+    gpu = device.type == "cuda"
+    clock = time.perf_counter if gpu else time.process_time
+    found = []
+    for batch in [batches[0], *batches]:
+        started = clock()
+        positions = work(batch)
+        if gpu:
+            torch.cuda.synchronize()
+        found.append((clock() - started) / positions)
+    return min(found[1:])
 
 
 def objective_of(corpus: Corpus, head: Eagle3, o: TrainOptions) -> Eagle3Objective:

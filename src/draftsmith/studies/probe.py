@@ -85,7 +85,7 @@ class Probe:
         return [Setting(m, keep=1.0 if m == ALL else 0.5, seed=seed) for seed in self.options.seeds for m in PARTS]
 
     def prepare(self) -> None:
-        self.sfdd.corpus.prepare()
+        self.sfdd.prepare()
 
     def identity(self, setting: Setting) -> Mapping[str, object]:
         return {**self.sfdd.identity(setting), "probe": DECILES}

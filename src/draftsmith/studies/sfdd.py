@@ -102,6 +102,7 @@ class Sfdd:
 
     def prepare(self) -> None:
         self.corpus.prepare()
+        heads.pass_ratio(self.corpus, self.vocab, self.options.train)
         if any(setting.method in AWARE for setting in self.settings()):
             _ = self.overlaps
 

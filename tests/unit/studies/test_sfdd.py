@@ -42,6 +42,7 @@ def test_a_whole_study_gives_a_row_for_each_cell_benchmark_and_temperature(done:
         assert r.target_passes == sum(r.rounds) > 0
         assert r.acceptance_length == pytest.approx(sum(r.committed) / sum(r.rounds))
         assert r.training_cost == 2 * r.training_positions
+        assert r.pass_ratio == rows[0].pass_ratio > 0
     by_cell = {(r.method, r.seed): r for r in rows}
     assert by_cell["flatness", 0].scored_positions == by_cell["full", 0].extra["positions_total"]
     assert by_cell["random", 0].scored_positions == 0
