@@ -189,7 +189,7 @@ def speculative_tokens(run: Run, most: int) -> list[Chain]:
     drafter = load_drafter(run.path("train"), target)
     costs = artefacts.read_json(run.path("tune") / "profile.json")["verify_ms"]
     answers = [answer for own in dev_by_set(run, stored_features(run)).values() for answer in own]
-    counts = metrics.count(replay(Single(drafter, ChainGrowth(most)), target.spec, answers))
+    counts = metrics.count(replay(Single(drafter, ChainGrowth(most)), target.spec, answers, device=target.device))
     alphas = [0.0 if math.isnan(alpha) else alpha for alpha in counts.acceptance_by_depth]
     alphas = (alphas + [0.0] * most)[:most]
     drafting = [profile.draft_cost(target, Single(drafter, ChainGrowth(k))) for k in range(1, most + 1)]

@@ -29,6 +29,7 @@ from draftsmith.foundation.errors import StaleError, UserError
 from draftsmith.foundation.options import validate
 from draftsmith.numerics.distributions import TokenStatistics
 from draftsmith.recipe import Recipe
+from draftsmith.selection.files import write_scores
 from draftsmith.selection.samples import ScoredSample, Selection
 from draftsmith.selection.samples import select as choose
 from draftsmith.selection.scores import SCORES, Evidence, token_scores
@@ -219,6 +220,7 @@ def select(run: Run, out: Path, identity: Identity) -> None:
     kept = {*chosen.kept, *(asked[i] for i in chosen.kept)}
     with artefacts.writing(out, "selection", identity) as scratch:
         artefacts.write_jsonl(scratch / "selection.jsonl", chosen.to_rows())
+        write_scores(scratch / "scores.parquet", map(store.__getitem__, ids), chosen, int(store.meta["vocab_size"]))
         conversations = (c for c in _answers(run, "train") if c.id in kept)
         artefacts.write_jsonl(scratch / "kept.jsonl", (to_row(c) for c in conversations))
     share = 1 - chosen.positions_kept / max(1, chosen.positions_total)

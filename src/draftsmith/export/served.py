@@ -179,7 +179,7 @@ def rounds_of(target: HFTarget, drafter: Drafter, growth: Growth, prompts: Texts
         hidden = target.read(torch.tensor([ids]), [len(ids)], drafter.wants)
         states = {name: hidden[name][0] for name in drafter.wants.names}
         stored.append(StoredAnswer(ids, len(prompt), states, complete=False))
-    generations = replay(Single(drafter, growth), on.spec, stored)
+    generations = replay(Single(drafter, growth), on.spec, stored, device=target.device)
     return [within(g.rounds, len(answer)) for g, answer in zip(generations, answers, strict=True)]
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from pydantic import Field
 
+from draftsmith.data.conversations import Conversation
 from draftsmith.decoding.composition import Single
 from draftsmith.decoding.growth import GrowthOptions
 from draftsmith.drafters.base import Drafter
 from draftsmith.evaluation import metrics
+from draftsmith.evaluation.bench import BenchOptions, bench, results
 from draftsmith.evaluation.replayed import replay
 from draftsmith.foundation.options import Options
+from draftsmith.target.model import HFTarget
 from draftsmith.target.protocol import TargetSpec
 
 if TYPE_CHECKING:
@@ -106,6 +110,33 @@ def replayed_rows(
                 )
             )
     return rows
+
+
+def timed_rows(
+    rows: Sequence[Row],
+    target: HFTarget,
+    drafter: Drafter,
+    growth: GrowthOptions,
+    sets: Mapping[str, Sequence[Conversation]],
+    options: BenchOptions,
+    folder: Path,
+) -> list[Row]:
+    """The rows, with the speed-up by the wall clock where it was measured: plain and speculative decoding interleaved.
+
+    Args:
+        sets: test prompts by benchmark.
+        folder: where finished prompts are kept, so that a killed measurement goes on.
+    """
+    built = growth.build()
+    measured = bench(target, Single(drafter, built), sets, options, folder / "bench.jsonl")
+    found = {(result.set, result.temperature): result.speedup.estimate for result in results(measured)}
+    main = (growth.kind, built.budget)
+    return [
+        row.model_copy(update={"speedup": found.get((row.benchmark, row.temperature))})
+        if (row.growth, row.node_budget) == main
+        else row
+        for row in rows
+    ]
 
 
 def _number(value: float) -> float | None:

@@ -19,6 +19,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
+from draftsmith.evaluation.bench import BenchOptions
 from draftsmith.foundation import artefacts, console, options, seeding
 from draftsmith.foundation.options import Options
 from draftsmith.numerics.distributions import TokenStatistics
@@ -28,7 +29,7 @@ from draftsmith.studies import heads, sfdd_results
 from draftsmith.studies.corpus import Corpus
 from draftsmith.studies.figures import Drawing
 from draftsmith.studies.grid import Setting, StudyOptions
-from draftsmith.studies.rows import Row, replayed_rows
+from draftsmith.studies.rows import Row, replayed_rows, timed_rows
 from draftsmith.studies.tables import Table
 from draftsmith.target.model import HFTarget, load_target
 from draftsmith.target.vocabulary import VocabMap
@@ -79,6 +80,10 @@ class SfddOptions(StudyOptions):
         description="share of the samples, drawn at random, on which the drafter that draft-aware methods ask is "
         "trained once",
     )
+    timed: tuple[str, ...] = Field(
+        default=(), description="methods whose drafters of the first seed are measured by the wall clock, too"
+    )
+    bench: BenchOptions = Field(default=BenchOptions(), description="that measurement, on the test prompts")
     strata: int = Field(default=8, ge=2, description=f"groups of like length of {LENGTH_MATCHED}")
 
 
@@ -111,6 +116,8 @@ class Sfdd:
         included = {"drafter", "train", "growths", "within_domains", "strata"}
         if setting.method in AWARE:
             included.add("scout")
+        if self._timed(setting):
+            included.add("bench")
         return {
             "options": o.model_dump(mode="json", include=included),
             "target": self.target.spec.fingerprint,
@@ -153,6 +160,10 @@ class Sfdd:
         }
         with console.timed("replaying the test answers"):
             rows = replayed_rows(head, head.device, o.growths, corpus.tests, self.target.spec, common)
+        if self._timed(setting):
+            sets = {o.corpus.domains[name].test: part for name, part in corpus.prompts["test"].items()}
+            with console.timed("decoding test prompts"):
+                rows = timed_rows(rows, self.target, head, o.growths[0], sets, o.bench, folder)
         if not o.keep_drafters:
             shutil.rmtree(folder)
         return rows
@@ -183,6 +194,9 @@ class Sfdd:
         if method == LENGTH_MATCHED:
             return SelectionOptions(method="flatness", strata=self.options.strata, ratio=keep)
         return SelectionOptions(method=method, ratio=keep, seed=setting.seed)
+
+    def _timed(self, setting: Setting) -> bool:
+        return setting.method in self.options.timed and setting.seed == self.options.seeds[0]
 
     def _scored(self, name: str, method: str) -> ScoredSample:
         sample = self.corpus.training[name]

@@ -37,6 +37,13 @@ PAPER_SHORTER = {
     "random": {0.7: 1.47, 0.6: 1.61, 0.5: 1.97, 0.4: 2.21, 0.3: 3.07},
     "flatness": {0.7: 1.64, 0.6: 1.88, 0.5: 2.02, 0.4: 2.43, 0.3: 3.20},
 }
+# Average speed-up at 50 % (tables 1 and 4).
+PAPER_SPEED: Mapping[float, Mapping[str, float]] = {
+    1.0: {"full": 2.49, "random": 2.20, "entropy": 2.20, "top-1": 2.23, "margin": 2.15, "energy": 2.21, "nll": 2.20,
+          "flatness": 2.41},
+    0.0: {"full": 2.80, "random": 2.41, "entropy": 2.47, "top-1": 2.44, "margin": 2.41, "energy": 2.43, "nll": 2.44,
+          "flatness": 2.62},
+}  # fmt: skip
 ORDER = ("full", "random", "entropy", "top-1", "margin", "energy", "nll", "flatness")
 
 
@@ -72,6 +79,8 @@ def tables(rows: Sequence[Row]) -> list[Table]:
             part = [*full, *where(here, keep=keep)]
             found += [_acceptance(part, accounting, keep), _benchmarks(part, accounting, keep)]
             found.append(_cost(part, accounting, keep))
+            if any(row.speedup is not None for row in part):
+                found.append(_speed(part, accounting, keep))
     return found
 
 
@@ -159,6 +168,23 @@ def _cost(rows: Sequence[Row], accounting: str, keep: float) -> Table:
         "on a shared machine, median over seeds."
     )
     return Table(_title(accounting, keep, "Training cost"), columns, body, note)
+
+
+def _speed(rows: Sequence[Row], accounting: str, keep: float) -> Table:
+    timed = [row for row in rows if row.speedup is not None]
+    sets = sorted({(row.benchmark, row.temperature) for row in timed})
+    temperatures = sorted({t for _, t in sets})
+    columns = ["method", *(f"{name}, T={t:g}" for name, t in sets), *(f"paper: average, T={t:g}" for t in temperatures)]
+    body = []
+    for method in ordered(timed):
+        line = [method]
+        for name, t in sets:
+            found = [row.speedup for row in where(timed, method=method, benchmark=name, temperature=t)]
+            line.append(f"{found[0]:.2f}×" if found else "–")
+        paper = [PAPER_SPEED.get(t, {}).get(_paper_name(method)) if keep == 0.5 else None for t in temperatures]
+        body.append(line + ["–" if speed is None else f"{speed:.2f}×" for speed in paper])
+    note = "Speed-up over plain decoding by the wall clock, one seed, prompts interleaved; the paper's on LLaMA3-8B."
+    return Table(_title(accounting, keep, "Speed-up"), columns, body, note)
 
 
 def _shorter(rows: Sequence[Row], full: Sequence[Row], charge: bool) -> float | None:

@@ -212,3 +212,32 @@ def test_drafters_are_deleted_where_that_was_asked_for(tmp_path: Path) -> None:
     assert not any(name.endswith(".work") for name in left)
     for name in left:
         artefacts.opened(made.out / "cells" / name, grid.KIND)
+
+
+def test_methods_that_are_timed_have_a_speedup_at_the_first_seed(tmp_path: Path) -> None:
+    bench = {"prompts": 2, "max_new_tokens": 8, "warmup": 0, "temperatures": [0.0]}
+    made = study(tmp_path, timed=["flatness"], bench=bench, seeds=[0, 1], grid=[{"methods": ["flatness"]}])
+    grid.run(made, made.out)
+    rows = grid.read_rows(made.out / "results" / grid.ROWS)
+    assert {(r.method, r.seed, r.temperature) for r in rows if r.speedup is not None} == {("flatness", 0, 0.0)}
+    assert all((r.speedup or 1) > 0 for r in rows)
+    speed = next(t for t in made.tables(rows) if t.title.startswith("Speed-up"))
+    assert [line[0] for line in speed.rows] == ["flatness"]
+    assert speed.rows[0][-1] == "2.62×"
+
+
+def test_draft_aware_methods_charge_their_scout(tmp_path: Path) -> None:
+    made = study(tmp_path, grid=[{"methods": ["disagreement"]}], scout=0.4)
+    grid.run(made, made.out)
+    rows = grid.read_rows(made.out / "results" / grid.ROWS)
+    store = made.corpus.training
+    lengths = dict(zip(store.ids, store.lengths, strict=True))
+    whole = sum(lengths[i] for i in made.corpus.train_ids)
+    scout = sum(lengths[i] for i in made.scout_samples)
+    assert len(made.scout_samples) == round(0.4 * len(made.corpus.train_ids))
+    assert {r.scout_positions for r in rows if r.method == "disagreement"} == {round(scout + whole / 3)}
+    assert {r.scout_positions for r in rows if r.method == "full"} == {0}
+    # kept: what the scout overlaps with least, rows that teach nothing counting as learnt
+    means = {i: float(made.overlaps[i][store[i].answer_rows].mean()) for i in made.corpus.train_ids}
+    ranked = sorted(means, key=lambda i: means[i])
+    assert set(made.chosen(Setting("disagreement", keep=0.5)).kept) == set(ranked[: round(len(ranked) / 2)])
