@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pyarrow.parquet
 import pytest
+from tests.tiny import VOCAB, tiny_target
+from tests.unit.training.stored import random_samples, stored
 
 from draftsmith.selection.files import write_scores
 from draftsmith.selection.samples import Selection
 from draftsmith.selection.scores import DRAFT_AWARE, SCORES
-from tests.tiny import VOCAB, tiny_target
-from tests.unit.training.stored import random_samples, stored
 
 
 def test_means_are_over_answer_tokens_and_choices_are_told(tmp_path: Path) -> None:
     store = stored(random_samples(8), tmp_path)
-    kept, dropped = store.ids[:5], {i: "not chosen" for i in store.ids[5:]}
+    kept, dropped = store.ids[:5], dict.fromkeys(store.ids[5:], "not chosen")
     chosen = Selection(tuple(kept), dropped, {"s0": 0.5}, (0.1,), 1, 2, 3, 4)
     write_scores(tmp_path / "scores.parquet", store, chosen, VOCAB)
     rows = {row["id"]: row for row in pyarrow.parquet.read_table(tmp_path / "scores.parquet").to_pylist()}
