@@ -239,11 +239,21 @@ def profile(
 
 
 @app.command()
-def report(run: RunFolder = RUN, recipe: RecipeName = None, overrides: Overrides = None) -> None:
-    """Write the run's report.html and summary.json anew."""
+def report(
+    runs: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Folders of runs or of benchmarks, several side by side; default: that of --run."),
+    ] = None,
+    run: RunFolder = RUN,
+    recipe: RecipeName = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page, or its folder; default: in the run's folder, or comparison/.")
+    ] = None,
+) -> None:
+    """Write report.html, one file with its figures beside it as PNG and SVG: of a run, or of several side by side."""
     from draftsmith.commands import stage
 
-    stage.report(run, recipe, overrides or [])
+    stage.report(runs or [run], recipe, out)
 
 
 @app.command()

@@ -108,6 +108,25 @@ def test_against_an_earlier_summary(root: Path, tmp_path: Path, monkeypatch: pyt
     assert "gsm8k, T = 0, drafter: acceptance length fell from 4.000" in worse.err
 
 
+def test_drafters_put_together_and_a_report(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRAFTSMITH_DATA", str(root / "data"))
+    out = tmp_path / "out"
+    arguments = [
+        *("--benchmark", "gsm8k", "--drafters", f"head={root / 'drafter'}"),
+        *("--compose", "both=merge:trie(head,ngram,budget=7)", "--baselines", "transformers"),
+    ]
+    ended = bench(root, out, *arguments)
+    assert ended.code == 0, ended.err
+    assert {r.drafters for r in read_summary(out / "summary.json").results} == {"head", "both", "transformers"}
+    members = {row["drafters"]: row["members"] for row in artefacts.read_jsonl(out / "bench.jsonl")}
+    assert members == {None: [], "head": [], "both": ["head", "ngram"], "transformers": []}
+    assert draftsmith("report", out).code == 0
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert all(name in page for name in ("both", "ngram", "transformers"))
+    ended = draftsmith("report", out, out, "--out", tmp_path / "both")
+    assert (ended.code, (tmp_path / "both" / "report.html").is_file()) == (0, True)
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

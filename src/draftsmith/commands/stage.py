@@ -11,6 +11,7 @@ import yaml
 
 from draftsmith import finish
 from draftsmith import recipe as recipes
+from draftsmith.evaluation.report.report import write_report
 from draftsmith.export.chains import best
 from draftsmith.foundation import artefacts, console
 from draftsmith.foundation.errors import UserError
@@ -18,6 +19,7 @@ from draftsmith.pipeline import STAGES, Run
 from draftsmith.plan import show
 
 RECIPE = "recipe.yaml"
+ROWS = "bench.jsonl"
 QUICKSTART = "quickstart"
 
 
@@ -66,12 +68,20 @@ def one(stage: str, folder: Path, name: str | None, overrides: Sequence[str], *,
     run.run(stage, redo)
 
 
-def report(folder: Path, name: str | None, overrides: Sequence[str]) -> None:
-    """Write summary and report again."""
-    run = opened(folder, name, overrides)
-    _benched(run)
-    finish.summarise(run)
-    console.say(f"report: {finish.report(run)}")
+def report(folders: Sequence[Path], name: str | None, out: Path | None) -> None:
+    """Write a page of a run, whose summary is written again too, of what a benchmark left, or of several."""
+    if len(folders) > 1:
+        page = write_report(folders, out or Path("comparison"))
+    elif (folders[0] / ROWS).is_file() and not (folders[0] / RECIPE).is_file():
+        page = write_report(folders[0], out or folders[0])
+    else:
+        run = opened(folders[0], name, [])
+        _benched(run)
+        finish.summarise(run)
+        page = finish.report(run)
+        if out:
+            page = write_report(folders[0], out)
+    console.say(f"report: {page}")
 
 
 def export(

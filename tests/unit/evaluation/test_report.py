@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 import pytest
 from tests.unit.evaluation.synthetic_run import TEXTS, write_synthetic_run
 
-from draftsmith.evaluation.report import views
+from draftsmith.evaluation.report import together, views
 from draftsmith.evaluation.report.inputs import load
 from draftsmith.evaluation.report.report import SECTIONS, verdict, write_report
 from draftsmith.evaluation.summary import Lossless
@@ -273,3 +273,95 @@ def test_bad_input_is_named(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="row 1 lacks the field 'generation'"):
         write_report(tmp_path, tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
+    """Two runs of which the second has two drafters and no training log."""
+    folder = tmp_path_factory.mktemp("several")
+    runs = [write_synthetic_run(folder / "a"), write_synthetic_run(folder / "b", drafters=2)]
+    (runs[1] / "training.jsonl").unlink()
+    page = write_report(runs, folder / "out")
+    return page, Page(page.read_text(encoding="utf-8"))
+
+
+def test_several_runs_side_by_side(several: tuple[Path, Page]) -> None:
+    path, page = several
+    assert list(page.texts) == [name for name, _ in SECTIONS]
+    assert "2 runs side by side" in path.read_text(encoding="utf-8")
+    assert len(page.ids) == len(set(page.ids)), "two figures have one id"
+    assert [r for r in page.references if not r.startswith("#") and r != "data:,"] == []
+    for section in ("trained", "selection", "cost", "reproduce"):
+        assert page.texts[section].count("SmolLM2" if section == "trained" else "a") > 0
+    drawn = {p.stem for p in (path.parent / "figures").glob("*.svg")}
+    assert {"run1-flatness-samples", "run2-flatness-samples", "run1-loss", "run1-stages", "run2-stages"} <= drawn
+    assert {"speedup", "acceptance-depth", "dev-acceptance", "owners", "time-split"} <= drawn
+    assert "run2-loss" not in drawn
+    assert "No training curves" in page.texts["curves"]
+
+
+def test_the_matrix_has_every_result_once(several: tuple[Path, Page], tmp_path: Path) -> None:
+    path, page = several
+    folder = path.parent.parent
+    summaries = [load(folder / name).summary for name in "ab"]
+    results = [r for summary in summaries if summary for r in summary.results]
+    assert len(results) >= 4
+    for result in results:
+        assert f"{result.speedup.estimate:.2f}×" in page.texts["headline"]
+    whole = together.merged({name: load(folder / name) for name in "ab"})
+    assert whole.summary is not None
+    assert sorted(r.speedup.estimate for r in whole.summary.results) == sorted(r.speedup.estimate for r in results)
+    table = together.matrix(whole.summary.results)
+    assert table.columns == ["a", "b"]
+    for _, row in table.rows:
+        best = table.best(row)
+        assert best is not None
+        assert best.speedup.estimate == max(r.speedup.estimate for r in row if r)
+
+
+def test_runs_keep_their_own_plain_answers(several: tuple[Path, Page]) -> None:
+    folder = several[0].parent.parent
+    whole = together.merged({name: load(folder / name) for name in "ab"})
+    alone = {name: views.groups(load(folder / name)) for name in "ab"}
+    for group in views.groups(whole):
+        own = next(g for g in alone[group.drafters] if (g.set, g.temperature) == (group.set, group.temperature))
+        assert [pair.speedup for pair in group.pairs] == [pair.speedup for pair in own.pairs]
+        assert group.owners == own.owners
+
+
+def test_names_that_tell_folders_apart() -> None:
+    assert together.names([Path("/x/a"), Path("/x/b")]) == ["a", "b"]
+    assert together.names([Path("/x/run"), Path("/y/run")]) == ["x/run", "y/run"]
+    assert together.names([Path("/x/run")]) == ["run"]
+    assert len(set(together.names([Path("/x/run"), Path("/x/run")]))) == 2
+
+
+def test_selection_is_told_as_it_was(run: Path, tmp_path: Path) -> None:
+    page = Page(write_report(run, tmp_path).read_text(encoding="utf-8"))
+    assert "from a mean flatness of" in page.texts["selection"]
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for path in run.iterdir():
+        if path.is_file():
+            (copy / path.name).write_bytes(path.read_bytes())
+    (copy / "recipe.yaml").write_text("select: {method: entropy}", encoding="utf-8")
+    page = Page(write_report(copy, tmp_path).read_text(encoding="utf-8"))
+    assert "samples kept by entropy" in page.texts["selection"]
+    assert "Samples by entropy" in page.texts["selection"]
+    assert "mean flatness of" not in page.texts["selection"]
+
+
+def test_what_another_engine_wrote_is_compared_with_its_own(tmp_path: Path) -> None:
+    run = write_synthetic_run(tmp_path / "run")
+    rows = list(artefacts.read_jsonl(run / "bench.jsonl"))
+    plain = [row for row in rows if row["mode"] == "plain"]
+    theirs = []
+    for row in plain:
+        generation = {**row["generation"], "total_ms": 2 * row["generation"]["total_ms"]}
+        more = {"mode": "speculative", "generation": generation}
+        theirs.append({**row, **more, "drafters": "transformers", "against": "plain"})
+        theirs.append({**row, **more, "drafters": "assisted", "against": "transformers"})
+    artefacts.write_jsonl(run / "bench.jsonl", [*rows, *theirs])
+    groups = {g.drafters: g for g in views.groups(load(run))}
+    assert [p.speedup for p in groups["transformers"].pairs] == pytest.approx([0.5] * len(groups["transformers"].pairs))
+    assert [p.speedup for p in groups["assisted"].pairs] == pytest.approx([1.0] * len(groups["assisted"].pairs))

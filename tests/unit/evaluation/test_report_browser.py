@@ -64,8 +64,7 @@ def open_page(page: Path, width: int, *flags: str) -> tuple[dict[str, object], s
     return json.loads(html.unescape(found[1])), done.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed here")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_page_in_a_browser(tmp_path: Path, width: int) -> None:
     run = write_synthetic_run(tmp_path / "run", drafters=2)
@@ -85,6 +84,14 @@ def test_page_in_a_browser(tmp_path: Path, width: int) -> None:
     dark, log = open_page(measured, width, "--blink-settings=preferredColorScheme=0")
     assert "CONSOLE" not in log
     assert dark["background"] != light["background"]
+
+    beside = write_report([run, write_synthetic_run(tmp_path / "another run, of a longer name")], tmp_path / "both")
+    measured_both = beside.parent / "measured.html"
+    measured_both.write_text(beside.read_text(encoding="utf-8").replace("</body>", MEASURE), encoding="utf-8")
+    both, log = open_page(measured_both, width)
+    assert "CONSOLE" not in log
+    assert both["scroll"] == width, "the page of several runs scrolls sideways"
+    assert both["wide"] == []
 
     # the check itself: an error and a wide element are seen
     broken = tmp_path / "broken.html"

@@ -41,6 +41,7 @@ STYLE: Any = {  # as Any: newer matplotlib types the names, older has no types
     "ytick.labelsize": 8.5,
     "legend.fontsize": 8.5,
     "legend.frameon": False,
+    "legend.loc": "upper right",
     "legend.handlelength": 1.4,
     "text.color": INK,
     "axes.edgecolor": GRID,

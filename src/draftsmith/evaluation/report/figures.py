@@ -30,25 +30,42 @@ from draftsmith.evaluation.summary import Result
 MARKERS = "osD^vP"
 
 
-def draw(run: Run, groups: Sequence[Group]) -> dict[str, Plot]:
-    """All figures that the run has numbers for, by name."""
+def draw_results(results: Sequence[Result], groups: Sequence[Group]) -> dict[str, Plot]:
+    """The figures of what was measured, by name; those without numbers are left out."""
+    return _drawn(
+        [
+            lambda: speedup(results),
+            lambda: speedup_by_prompt(groups),
+            lambda: acceptance_by_depth(results),
+            lambda: acceptance_by_context(groups),
+            lambda: owners(groups),
+            lambda: time_split(results),
+        ]
+    )
+
+
+def draw_run(run: Run, method: str = "flatness") -> dict[str, Plot]:
+    """The figures of how a run came about, by name; `method` is the one that chose its samples."""
+    stages = [(s.name, s.seconds) for s in run.summary.stages] if run.summary else []
+    return _drawn(
+        [
+            lambda: flatness_of_samples(run, method),
+            lambda: flatness_of_tokens(run),
+            lambda: loss(run.training),
+            lambda: dev_acceptance([("", run.training)]),
+            lambda: stage_costs(stages),
+        ]
+    )
+
+
+def draw_together(named: Sequence[tuple[str, Run]]) -> dict[str, Plot]:
+    """The figures that show several runs at once."""
+    return _drawn([lambda: dev_acceptance([(name, run.training) for name, run in named])])
+
+
+def _drawn(drawings: Sequence[Callable[[], Plot | None]]) -> dict[str, Plot]:
     import matplotlib
 
-    results = run.summary.results if run.summary else []
-    stages = [(s.name, s.seconds) for s in run.summary.stages] if run.summary else []
-    drawings: list[Callable[[], Plot | None]] = [
-        lambda: speedup(results),
-        lambda: speedup_by_prompt(groups),
-        lambda: flatness_of_samples(run),
-        lambda: flatness_of_tokens(run),
-        lambda: loss(run.training),
-        lambda: dev_acceptance(run.training),
-        lambda: acceptance_by_depth(results),
-        lambda: acceptance_by_context(groups),
-        lambda: owners(groups),
-        lambda: time_split(results),
-        lambda: stage_costs(stages),
-    ]
     with matplotlib.rc_context(STYLE):
         plots = [drawing() for drawing in drawings]
     return {plot.name: plot for plot in plots if plot is not None}
@@ -106,7 +123,7 @@ def speedup_by_prompt(groups: Sequence[Group]) -> Plot | None:
     )
 
 
-def flatness_of_samples(run: Run) -> Plot | None:
+def flatness_of_samples(run: Run, method: str = "flatness") -> Plot | None:
     """Histogram of the samples' scores, kept and dropped."""
     kept = [s.score for s in run.samples if s.kept]
     dropped = [s.score for s in run.samples if not s.kept]
@@ -117,10 +134,13 @@ def flatness_of_samples(run: Run) -> Plot | None:
     axes.hist([dropped, kept], bins=edges, stacked=True, color=[GREY, BLUE], label=["dropped", "kept"], edgecolor=PAPER)
     axes.legend(reverse=True)
     axes.locator_params(axis="x", nbins=6)
-    axes.set_xlabel("mean flatness of the answer's tokens")
+    flat = method == "flatness"
+    axes.set_xlabel("mean flatness of the answer's tokens" if flat else f"score by {method}")
     axes.set_ylabel("samples")
     caption = "The flatter the target's distribution over an answer, the more there is to learn from it."
-    return Plot("flatness-samples", "Samples by flatness", caption, figure)
+    if not flat:
+        caption = f"The score by which {method} ranks the samples."
+    return Plot("flatness-samples", f"Samples by {method}", caption, figure)
 
 
 def flatness_of_tokens(run: Run) -> Plot | None:
@@ -131,6 +151,8 @@ def flatness_of_tokens(run: Run) -> Plot | None:
     everything = np.array([v for s in run.scores for v in s.flatness if v > 0])
     if not len(everything):
         return None
+    from matplotlib.ticker import LogLocator
+
     figure, axes = canvas(2.5)
     edges = np.geomspace(everything.min(), max(everything.max(), everything.min() * 1.01), 41)
     sides = [("kept", BLUE, [s for s in run.scores if s.id in chosen])] if chosen else []
@@ -143,6 +165,7 @@ def flatness_of_tokens(run: Run) -> Plot | None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(_plain)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
     axes.xaxis.set_major_formatter(_plain)
     axes.xaxis.set_minor_formatter("")
     axes.legend()
@@ -172,21 +195,25 @@ def loss(training: Sequence[dict[str, Any]]) -> Plot | None:
     return Plot("loss", "Training loss", caption, figure)
 
 
-def dev_acceptance(training: Sequence[dict[str, Any]]) -> Plot | None:
-    """Acceptance length on the dev answers during training."""
-    rows = [row for row in training if "dev_acceptance_length" in row]
-    if not rows:
+def dev_acceptance(named: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Plot | None:
+    """Acceptance length on the dev answers during training, of one run or several."""
+    lines = [(name, [row for row in rows if "dev_acceptance_length" in row]) for name, rows in named]
+    lines = [(name, rows) for name, rows in lines if rows]
+    if not lines:
         return None
-    figure, axes = canvas(2.5)
-    steps, lengths = [r["step"] for r in rows], [r["dev_acceptance_length"] for r in rows]
-    axes.plot(steps, lengths, "o-", color=GREEN)
-    best = int(np.argmax(lengths))
-    axes.annotate(
-        f"{lengths[best]:.2f}", (steps[best], lengths[best]), (0, 7), textcoords="offset points", ha="center", color=INK
-    )
+    figure, axes = canvas(2.5 + (_legend_inches([name for name, _ in lines]) if len(lines) > 1 else 0))
+    for i, (name, rows) in enumerate(lines):
+        steps, lengths = [r["step"] for r in rows], [r["dev_acceptance_length"] for r in rows]
+        colour = GREEN if len(lines) == 1 else SERIES[i % len(SERIES)]
+        axes.plot(steps, lengths, marker=MARKERS[i % len(MARKERS)], color=colour, label=name)
+        best = int(np.argmax(lengths))
+        place = (steps[best], lengths[best])
+        axes.annotate(f"{lengths[best]:.2f}", place, (0, 7), textcoords="offset points", ha="center", color=INK)
     axes.margins(y=0.18)
     axes.set_xlabel("optimiser steps")
     axes.set_ylabel("tokens per round")
+    if len(lines) > 1:
+        _legend_below(axes)
     caption = "Replayed on stored dev answers; the best checkpoint is the one that is kept."
     return Plot("dev-acceptance", "Acceptance length on dev", caption, figure)
 
@@ -196,16 +223,17 @@ def acceptance_by_depth(results: Sequence[Result]) -> Plot | None:
     results = [r for r in results if r.acceptance_by_depth]
     if not results:
         return None
-    figure, axes = canvas(2.9)
-    for i, (name, result) in enumerate(zip(views.result_labels(results), results, strict=True)):
+    labels = views.result_labels(results)
+    figure, axes = canvas(2.5 + _legend_inches(labels))
+    for i, (name, result) in enumerate(zip(labels, results, strict=True)):
         depths = range(1, len(result.acceptance_by_depth) + 1)
-        style = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]}
+        style = _line(i)
         axes.plot(depths, [100 * a for a in result.acceptance_by_depth], label=name, **style)
     axes.set_xticks(range(1, max(len(r.acceptance_by_depth) for r in results) + 1))
     axes.set_ylim(0, 100)
     axes.set_xlabel("depth")
     axes.set_ylabel("% accepted")
-    _legend_below(axes, 2)
+    _legend_below(axes)
     caption = "Of the rounds that accepted depth d - 1 and held a drafted token at depth d, how many accepted it."
     return Plot("acceptance-depth", "Acceptance by depth", caption, figure)
 
@@ -215,18 +243,18 @@ def acceptance_by_context(groups: Sequence[Group]) -> Plot | None:
     edges = views.context_edges([g for group in groups for g in group.generations])
     if len(edges) < 2:
         return None
-    figure, axes = canvas(2.9)
+    figure, axes = canvas(2.5 + _legend_inches([group.label for group in groups]))
     names = [f"{a}–{b - 1}" for a, b in pairwise(edges)] + [f"{edges[-1]}+"]
     for i, group in enumerate(groups):
         buckets = metrics.by_context(group.generations, edges)
         places = [edges.index(start) for start, _ in buckets]
-        style = {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]}
+        style = _line(i)
         axes.plot(places, [c.acceptance_length for c in buckets.values()], label=group.label, **style)
     axes.set_xticks(range(len(names)), names)
     axes.set_ylim(bottom=1)
     axes.set_xlabel("tokens before the round, prompt included")
     axes.set_ylabel("tokens per round")
-    _legend_below(axes, 2)
+    _legend_below(axes)
     caption = "Whether drafting holds up as the text grows longer."
     return Plot("acceptance-context", "Acceptance by position", caption, figure)
 
@@ -237,20 +265,24 @@ def owners(groups: Sequence[Group]) -> Plot | None:
     if not groups:
         return None
     names = list(dict.fromkeys(name for g in groups for name in g.owners))
-    figure, axes = canvas(0.95 + 0.42 * len(groups))
+    figure, axes = canvas(0.8 + 0.42 * len(groups) + _legend_inches(names))
     places = np.arange(len(groups))[::-1]
     left = np.zeros(len(groups))
-    tokens = [
-        dict(zip(g.owners, map(sum, metrics.by_owner(g.generations, len(g.owners))), strict=True)) for g in groups
-    ]
+    shares = [_shares(g) for g in groups]
     for i, name in enumerate(names):
-        share = np.array([100 * own.get(name, 0) / max(1, sum(own.values())) for own in tokens])
+        share = np.array([own.get(name, 0.0) for own in shares])
         axes.barh(places, share, left=left, height=0.55, color=SERIES[i % len(SERIES)], label=name, edgecolor=PAPER)
         left += share
     _rows(axes, places, [g.label for g in groups])
     axes.set_xlabel("% of accepted drafted tokens")
-    _legend_below(axes, len(names))
+    _legend_below(axes)
     return Plot("owners", "Who drafted what", "Accepted tokens by the drafter that proposed them.", figure)
+
+
+def _shares(group: Group) -> dict[str, float]:
+    """Percent of the accepted drafted tokens by drafter."""
+    tokens = [sum(depths) for depths in metrics.by_owner(group.generations, len(group.owners))]
+    return {name: 100 * n / max(1, sum(tokens)) for name, n in zip(group.owners, tokens, strict=True)}
 
 
 def time_split(results: Sequence[Result]) -> Plot | None:
@@ -274,7 +306,7 @@ def time_split(results: Sequence[Result]) -> Plot | None:
         axes.barh([p - 0.19 for p, _ in known], [ms for _, ms in known], label="plain, as many tokens", **bars)
     _rows(axes, places, views.result_labels(results))
     axes.set_xlabel("milliseconds")
-    _legend_below(axes, 2)
+    _legend_below(axes)
     caption = "One round, against the time that plain decoding takes for the tokens a round commits."
     return Plot("time-split", "A round, part by part", caption, figure)
 
@@ -299,14 +331,37 @@ def stage_costs(stages: Sequence[tuple[str, float]]) -> Plot | None:
 
 
 def _rows(axes: Any, places: Sequence[float] | np.ndarray[Any, Any], names: Sequence[str]) -> None:
-    axes.set_yticks(places, names)
+    axes.set_yticks(places, [_folded(name) for name in names])
     axes.tick_params(axis="y", labelcolor=INK)
     axes.grid(visible=True, axis="x")
     axes.grid(visible=False, axis="y")
 
 
-def _legend_below(axes: Any, columns: int) -> None:
-    axes.figure.legend(loc="outside lower left", ncols=min(columns, 3), columnspacing=1.4)
+def _line(number: int) -> dict[str, Any]:
+    """Colour and marker of a series; the second six are dashed."""
+    dashes = (0, (4, 2)) if number // len(SERIES) % 2 else "solid"
+    return {"color": SERIES[number % len(SERIES)], "marker": MARKERS[number % len(MARKERS)], "linestyle": dashes}
+
+
+def _folded(name: str, longest: int = 24) -> str:
+    """A long label on two lines, broken at a comma, for labels take their width from the drawing."""
+    first, comma, last = name.rpartition(", ")
+    return f"{first},\n{last}" if comma and len(name) > longest else name
+
+
+def _legend_columns(names: Sequence[str], most: int = 3) -> int:
+    """As many columns as fit: a drawing is about 60 characters wide."""
+    return max(1, min(most, 54 // (max(map(len, names), default=1) + 6)))
+
+
+def _legend_inches(names: Sequence[str], most: int = 3) -> float:
+    """The height that a legend below takes."""
+    return 0.19 * -(-len(names) // _legend_columns(names, most))
+
+
+def _legend_below(axes: Any, most: int = 3) -> None:
+    names = axes.get_legend_handles_labels()[1]
+    axes.figure.legend(loc="outside lower left", ncols=_legend_columns(names, most), columnspacing=1.4)
 
 
 def _smooth(values: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -4,7 +4,8 @@ summary.json      results and stage times (docs/summary.md)
 bench.jsonl       a row for each answer: {"set", "id", "prompt", "temperature", "mode": "plain" | "speculative",
                   "generation": Generation.to_row(), "pieces": [token text], "origins": [-1 target, else the drafter's
                   number], "depths": [depth in the tree, 0 for the target's]} and, with several compositions, "drafters"
-                  (whose names by number are "members")
+                  (the composition's name), "members" (the drafters' names by number), "against" (whom it is compared
+                  with; default: plain)
 training.jsonl    {"step", "loss", "loss_by_step": [...], "lr", "seconds", "positions_per_second"} and
                   {"step", "dev_acceptance_length", ...}
 selection.json    [{"id", "score", "kept", "tokens"?}, ...], or an object with these as "rows" or "samples"
@@ -16,11 +17,12 @@ recipe.yaml       shown as it is
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from draftsmith.decoding.trace import Generation
+from draftsmith.evaluation.measured import PLAIN
 from draftsmith.evaluation.summary import Summary, read_summary
 from draftsmith.foundation import artefacts
 from draftsmith.foundation.errors import UserError
@@ -36,13 +38,14 @@ class Answer:
     id: str
     prompt: str
     temperature: float
-    drafters: str | None
+    drafters: str
     speculative: bool
     generation: Generation
     pieces: list[str]
     origins: list[int]
     depths: list[int]
     members: tuple[str, ...] = ()
+    against: str = PLAIN
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ def load(folder: Path) -> Run:
     run = Run(folder)
     run.summary = _optional(run, "summary.json", read_summary, None)
     run.answers = _optional(run, "bench.jsonl", lambda p: _rows(p, artefacts.read_jsonl(p), _answer), [])
+    run.answers = _named(run)
     run.training = _optional(run, "training.jsonl", lambda p: list(artefacts.read_jsonl(p)), [])
     run.samples = _optional(run, "selection.json", lambda p: _rows(p, _selection(p), _sample), [])
     run.scores = _scores(run)
@@ -94,6 +98,16 @@ def load(folder: Path) -> Run:
     if not (run.summary or run.answers or run.training or run.samples or run.scores):
         raise UserError(f"{folder} holds nothing to report: run `draftsmith bench` first, or give another run's folder")
     return run
+
+
+def _named(run: Run) -> list[Answer]:
+    """The answers, with the summary's name of who drafted where a row has none."""
+    named = {(r.set, r.temperature): r.drafters for r in run.summary.results} if run.summary else {}
+    found = []
+    for a in run.answers:
+        nameless = a.speculative and a.drafters == PLAIN
+        found.append(replace(a, drafters=named.get((a.set, a.temperature), "drafter")) if nameless else a)
+    return found
 
 
 def _optional(run: Run, name: str, read: Callable[[Path], T], otherwise: T) -> T:
@@ -126,13 +140,14 @@ def _answer(row: Mapping[str, Any]) -> Answer:
         id=str(row["id"]),
         prompt=_prompt(row.get("prompt")),
         temperature=float(row["temperature"]),
-        drafters=row.get("drafters"),
+        drafters=str(row.get("drafters") or PLAIN),
         speculative=row["mode"] == "speculative",
         generation=generation,
         pieces=pieces,
         origins=origins,
         depths=depths,
         members=tuple(map(str, row.get("members") or ())),
+        against=str(row.get("against") or PLAIN),
     )
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from draftsmith import __version__
 from draftsmith.evaluation import metrics
-from draftsmith.evaluation.report import figures, views
+from draftsmith.evaluation.report import figures, together, views
+from draftsmith.evaluation.report.drawing import Plot
 from draftsmith.evaluation.report.inputs import Run, load
+from draftsmith.evaluation.report.telling import Part, selection_method, tell
 from draftsmith.evaluation.report.views import Pair
 from draftsmith.evaluation.summary import Result, interval_text, lossless_text
-from draftsmith.foundation.console import count, duration
 
+MOST_CARDS = 6  # results that are shown as cards: more are a table
 SECTIONS = (
     ("headline", "Result"),
     ("trained", "Training"),
@@ -68,26 +71,40 @@ class Verdict(NamedTuple):
     text: str
 
 
-def write_report(run: Path, out: Path) -> Path:
-    """Write the report of a run.
+def write_report(run: Path | Sequence[Path], out: Path) -> Path:
+    """Write the report of a run, or of several side by side.
 
     Args:
-        run: the run's folder (report/inputs.py lists its files; each may be missing, and the page then says so).
+        run: a run's folder or several (report/inputs.py lists their files; each may be missing, and the page then says
+            so).
         out: the page, if its name ends in `.html`, else the folder for `report.html`. `figures/` is made beside it.
 
     Returns:
         The path of the page.
 
     Raises:
-        UserError: the folder isn't there or holds nothing to report; a file in it is broken (file and row are named).
+        UserError: a folder isn't there or holds nothing to report; a file in it is broken (file and row are named).
     """
-    data = load(run)
+    folders = [run] if isinstance(run, Path) else list(run)
     page = out if out.suffix == ".html" else out / "report.html"
-    groups = views.groups(data)
-    plots = figures.draw(data, groups)
-    text = _render(data, groups, plots)
+    runs = [load(folder) for folder in folders]
+    names = together.names(folders)
+    whole = runs[0] if len(runs) == 1 else together.merged(dict(zip(names, runs, strict=True)))
+    groups = views.groups(whole)
+    results = whole.summary.results if whole.summary else []
+    plots = figures.draw_results(results, groups)
+    parts = []
+    for number, (name, one) in enumerate(zip(names, runs, strict=True), start=1):
+        own = figures.draw_run(one, selection_method(one))
+        if len(runs) > 1:
+            own.pop("dev-acceptance", None)  # all runs' are in one drawing
+            own = {key: replace(plot, name=f"run{number}-{key}") for key, plot in own.items()}
+        parts.append(tell(name, one, own))
+    if len(runs) > 1:
+        plots |= figures.draw_together(list(zip(names, runs, strict=True)))
+    text = _render(whole, groups, plots, parts)
     page.parent.mkdir(parents=True, exist_ok=True)
-    for plot in plots.values():
+    for plot in [*plots.values(), *(plot for part in parts for plot in part.plots.values())]:
         plot.save(page.parent / "figures")
     unfinished = page.with_name(page.name + ".partial")
     unfinished.write_text(text, encoding="utf-8")
@@ -95,7 +112,7 @@ def write_report(run: Path, out: Path) -> Path:
     return page
 
 
-def _render(run: Run, groups: Sequence[views.Group], plots: Mapping[str, Any]) -> str:
+def _render(run: Run, groups: Sequence[views.Group], plots: Mapping[str, Plot], parts: Sequence[Part]) -> str:
     import jinja2
 
     environment = jinja2.Environment(
@@ -106,29 +123,25 @@ def _render(run: Run, groups: Sequence[views.Group], plots: Mapping[str, Any]) -
         lstrip_blocks=True,
     )
     results = run.summary.results if run.summary else []
+    several = len(parts) > 1
     return environment.get_template("template.html.j2").render(
-        title=_title(results),
-        name=run.folder.resolve().name,
+        title=f"{len(parts)} runs side by side" if several else _title(results),
+        name=", ".join(part.name for part in parts),
         when=str(run.provenance.get("time", ""))[:10],
         sections=SECTIONS,
         plots=plots,
         results=results,
         labelled=list(zip(views.result_labels(results), results, strict=True)),
+        matrix=together.matrix(results) if several or len(results) > MOST_CARDS else None,
         verdict=verdict(results),
-        facts=_facts(run),
+        parts=parts,
+        several=several,
+        most=MOST_CARDS,
         missing=run.missing,
-        selection_text=_selection_text(run),
-        selected=views.selection_examples(run),
-        borders=views.shade_borders(run.scores),
         groups=groups,
         owner_sets=[list(names) for names in dict.fromkeys(tuple(group.owners) for group in groups)],
         worst=views.worst_prompts(groups),
         missed=views.missed_tokens(groups),
-        cost_text=_cost_text(run),
-        stages=_stages(run),
-        command=run.provenance.get("command", ""),
-        versions=_flat({k: v for k, v in run.provenance.items() if k not in ("command", "facts")}),
-        recipe=run.recipe,
         words=WORDS,
         version=__version__,
         interval_text=interval_text,
@@ -142,7 +155,8 @@ def _render(run: Run, groups: Sequence[views.Group], plots: Mapping[str, Any]) -
 
 
 def verdict(results: Sequence[Result]) -> Verdict:
-    """Whether speculative answers equalled plain ones, over all results."""
+    """Whether speculative answers equalled plain ones, over all results of this engine."""
+    results = [r for r in results if r.engine in (None, "draftsmith")]
     checked = sum(r.lossless.checked for r in results)
     different = sum(r.lossless.different for r in results)
     ties = sum(r.lossless.near_ties for r in results)
@@ -171,82 +185,12 @@ def _title(results: Sequence[Result]) -> str:
     )
 
 
-def _facts(run: Run) -> list[tuple[str, str]]:
-    """What was trained on what: the provenance's own facts, then what the other files tell."""
-    facts = [(str(term), str(value)) for term, value in (run.provenance.get("facts") or {}).items()]
-    if run.samples:
-        kept = [s for s in run.samples if s.kept]
-        text = f"{count(len(kept))} of {count(len(run.samples))} samples"
-        if kept and all(s.tokens is not None for s in kept):
-            text += f", {count(sum(s.tokens or 0 for s in kept))} answer tokens"
-        facts.append(("Trained on", text))
-    steps = [row for row in run.training if "loss" in row]
-    if steps:
-        text = f"{count(steps[-1]['step'])} steps"
-        seconds = sum(float(row.get("seconds", 0)) for row in steps)
-        speeds = sorted(float(row["positions_per_second"]) for row in steps if "positions_per_second" in row)
-        if seconds:
-            text += f" in {duration(seconds)}"
-        if speeds:
-            text += f", {count(round(speeds[len(speeds) // 2]))} positions per second"
-        facts.append(("Training", text))
-    checks = [row for row in run.training if "dev_acceptance_length" in row]
-    if checks:
-        best = max(checks, key=lambda row: float(row["dev_acceptance_length"]))
-        length = f"acceptance length {best['dev_acceptance_length']:.2f} on dev"
-        facts.append(("Checkpoint kept", f"step {count(best['step'])}: {length}, best of {len(checks)}"))
-    for name in dict.fromkeys(r.set for r in run.summary.results) if run.summary else []:
-        rows = [r for r in run.summary.results if r.set == name] if run.summary else []
-        budgets = sorted({r.node_budget for r in rows if r.node_budget})
-        parts = [
-            f"{max(r.prompts or 0 for r in rows) or 'some'} prompts",
-            "T = " + ", ".join(f"{t:g}" for t in sorted({r.temperature for r in rows})),
-            " or ".join(dict.fromkeys(r.drafters for r in rows)),
-            *([" or ".join(map(str, budgets)) + " nodes a round"] if budgets else []),
-        ]
-        facts.append((f"Measured on {name}", "; ".join(parts)))
-    return facts
-
-
-def _selection_text(run: Run) -> str:
-    if not run.samples:
-        return ""
-    kept = sorted(s.score for s in run.samples if s.kept)
-    text = f"{count(len(kept))} of {count(len(run.samples))} samples kept"
-    return f"{text}: the flattest ones, from a mean flatness of {kept[0]:.4f} upward." if kept else f"{text}."
-
-
-def _cost_text(run: Run) -> str:
-    stages = run.summary.stages if run.summary else []
-    if not stages:
-        return ""
-    dearest = max(stages, key=lambda s: s.seconds)
-    total = sum(s.seconds for s in stages)
-    return f"{duration(total)} in all; {dearest.name} took the most, {duration(dearest.seconds)}."
-
-
-def _stages(run: Run) -> list[tuple[str, str, float]]:
-    stages = run.summary.stages if run.summary else []
-    total = sum(s.seconds for s in stages) or 1.0
-    return [(s.name, duration(s.seconds), 100 * s.seconds / total) for s in stages]
-
-
 def _pair_line(pair: Pair) -> str:
     counts = pair.counts
     parts = [f"{counts.tokens} tokens in {counts.rounds} rounds", f"τ {counts.acceptance_length:.2f}"]
     if pair.speedup is not None:
         parts.append(f"{pair.speedup:.2f}× plain")
     return " · ".join(parts)
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    rows: list[tuple[str, str]] = []
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            rows += _flat(value, "" if name == "versions" else f"{prefix}{name}: ")
-        elif value not in (None, [], ""):
-            rows.append((f"{prefix}{name}", ", ".join(map(str, value)) if isinstance(value, list) else str(value)))
-    return rows
 
 
 def _dash(value: float | None, pattern: str) -> str:

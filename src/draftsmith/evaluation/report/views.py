@@ -99,14 +99,12 @@ def result_labels(results: Sequence[Result]) -> list[str]:
 
 def groups(run: Run) -> list[Group]:
     """The speculative answers of a run in the order of their first appearance, each with its plain counterpart."""
-    plain = {(a.set, a.id, a.temperature): a for a in run.answers if not a.speculative}
-    named = {(r.set, r.temperature): r.drafters for r in run.summary.results} if run.summary else {}
+    everyone = {(a.set, a.id, a.temperature, a.drafters): a for a in run.answers}
     found: dict[tuple[str, float, str], list[Pair]] = defaultdict(list)
-    for answer in run.answers:
-        if answer.speculative:
-            drafters = answer.drafters or named.get((answer.set, answer.temperature), "drafter")
-            pair = Pair(answer, plain.get((answer.set, answer.id, answer.temperature)))
-            found[answer.set, answer.temperature, drafters].append(pair)
+    for a in run.answers:
+        if a.speculative:
+            base = everyone.get((a.set, a.id, a.temperature, a.against))
+            found[a.set, a.temperature, a.drafters].append(Pair(a, base))
     several = len({drafters for _, _, drafters in found}) > 1
     return [Group(*names, pairs, several) for names, pairs in found.items()]
 
@@ -164,7 +162,8 @@ def missed_tokens(found: Sequence[Group], number: int = 12, least: int = 3) -> l
     for pair in (pair for group in found for pair in group.pairs):
         pieces = pair.answer.pieces
         written.update(pieces)
-        place = 1  # the first token is the prefill's
+        # what the prefill wrote is no round's
+        place = len(pieces) - sum(r.kept for r in pair.answer.generation.rounds)
         for r in pair.answer.generation.rounds:
             place += r.kept
             if r.kept == r.committed and r.reached > r.accepted and place <= len(pieces):
