@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from draftsmith.foundation.console import size
+from draftsmith.foundation.provenance import processor
 
 Severity = Literal["error", "warning", "note"]
 OLDEST_PYTHON = (3, 11)
@@ -319,8 +320,6 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 def look(folder: Path = Path()) -> Machine:
     """The environment of this process; `folder` is where runs would be written."""
-    from draftsmith.foundation.provenance import _processor as processor
-
     required = _required()
     versions: dict[str, str | None] = {name: _version(name) for name in required}
     for name in _SIBLINGS:

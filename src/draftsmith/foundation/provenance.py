@@ -31,7 +31,7 @@ def collect() -> dict[str, object]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {name: _version(name) for name in PACKAGES},
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "devices": devices,
@@ -82,7 +82,8 @@ def _run_git(folder: Path, *arguments: str) -> str | None:
 
 
 @functools.cache
-def _processor() -> str:
+def processor() -> str:
+    """The processor's name."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
