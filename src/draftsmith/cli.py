@@ -20,7 +20,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RunFolder = Annotated[Path, typer.Option("--run", help="The run's folder.")]
+# torchrun reads --run as an abbreviation of its own, wherever it stands
+RunFolder = Annotated[Path, typer.Option("--run", "-C", help="The run's folder.")]
 RecipeName = Annotated[
     str | None,
     typer.Option("--recipe", help="A recipe file, or the name of one that draftsmith brings; default: the run's own."),

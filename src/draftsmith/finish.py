@@ -27,7 +27,7 @@ from draftsmith.export.push import check_id, push
 from draftsmith.foundation import artefacts, console, provenance
 from draftsmith.foundation.errors import UserError
 from draftsmith.numerics.distributions import flatness_from_log_norm
-from draftsmith.stages import chosen_growth, dev_by_set, read_selection, stored_features
+from draftsmith.stages import chosen_growth, dev_by_set, read_selection, training_source
 from draftsmith.target.detokenise import token_texts
 from draftsmith.training.algorithms import TITLES
 
@@ -188,7 +188,7 @@ def speculative_tokens(run: Run, most: int) -> list[Chain]:
     target = run.target
     drafter = load_drafter(run.path("train"), target)
     costs = artefacts.read_json(run.path("tune") / "profile.json")["verify_ms"]
-    answers = [answer for own in dev_by_set(run, stored_features(run)).values() for answer in own]
+    answers = [answer for own in dev_by_set(run, training_source(run)).values() for answer in own]
     counts = metrics.count(replay(Single(drafter, ChainGrowth(most)), target.spec, answers, device=target.device))
     alphas = [0.0 if math.isnan(alpha) else alpha for alpha in counts.acceptance_by_depth]
     alphas = (alphas + [0.0] * most)[:most]

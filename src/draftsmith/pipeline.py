@@ -18,7 +18,7 @@ import torch
 
 from draftsmith import stages
 from draftsmith.finish import finish
-from draftsmith.foundation import artefacts, console
+from draftsmith.foundation import artefacts, console, ranks
 from draftsmith.foundation.errors import StaleError, UserError
 from draftsmith.recipe import Recipe
 from draftsmith.target.model import HFTarget, load_target
@@ -36,6 +36,7 @@ class Stage:
         options: the recipe's options, or groups of them, that change its result, dotted.
         work: makes the artefact at a path with an identity.
         note: what it does, in a few words.
+        shared: ranks share its work; of any other stage rank 0 does all.
         source: fingerprint of what comes from outside the run (the user's files, the templates of made prompts); None
             where that can't be told, which is no difference.
     """
@@ -48,6 +49,7 @@ class Stage:
     work: Callable[[Run, Path, dict[str, object]], None]
     note: str
     source: Callable[[Recipe], str | None] | None = None
+    shared: bool = False
 
 
 class Run:
@@ -62,6 +64,7 @@ class Run:
     @cached_property
     def target(self) -> HFTarget:
         """The target; loading it is not a stage: it is converted once into the user's cache."""
+        ranks.join()  # each takes its own device
         with console.timed(f"loading {self.recipe.target.name}"):
             o = self.recipe.target
             return load_target(o.name, o.dtype, o.device)
@@ -156,16 +159,20 @@ class Run:
         """
         stage, path = STAGES[name], self.path(name)
         self.require(name, redo)
-        if self.made(name) and not redo:
+        # rank 0 looks, before it begins to move anything
+        if ranks.first(self.made(name) and not redo):
             artefacts.opened(path, stage.kind)
-            artefacts.tidy(path)
+            if ranks.rank() == 0:
+                artefacts.tidy(path)
             console.say(f"{name}: done before")
             return
         console.heading(f"{name}: {stage.note}")
         anew = redo and not artefacts.partial(path).exists()
         started = time.perf_counter()
         try:
-            stage.work(self, path, self.identity(stage))
+            if stage.shared or ranks.rank() == 0:
+                stage.work(self, path, self.identity(stage))
+            ranks.barrier()
         finally:
             self.spent(name, time.perf_counter() - started, anew)
 
@@ -181,7 +188,8 @@ class Run:
             self.run(name, redo=again)
             if again:
                 anew.add(name)
-        finish(self)
+        if ranks.rank() == 0:
+            finish(self)
 
     def seconds(self) -> dict[str, float]:
         """Wall-clock seconds spent in each stage so far, interruptions included.
@@ -196,6 +204,8 @@ class Run:
 
     def spent(self, name: str, seconds: float, anew: bool = False) -> None:
         """Add to a stage's time (`anew`: begin its count again). What can't be written down is not counted."""
+        if ranks.rank() > 0:
+            return
         known = self.seconds()
         known[name] = round((0.0 if anew else known.get(name, 0.0)) + seconds, 3)
         with suppress(UserError, OSError):
@@ -232,6 +242,7 @@ STAGES: Mapping[str, Stage] = {
             ("target.name", "target.dtype", "regenerate", "data.keep_answers"),
             stages.regenerate,
             "the target answers them",
+            shared=True,
         ),
         Stage(
             "score",
@@ -241,6 +252,7 @@ STAGES: Mapping[str, Stage] = {
             ("features", "drafter.kind", "drafter.layers"),
             stages.score,
             "statistics of every token, one target pass",
+            shared=True,
         ),
         Stage("select", "selection", "selection", ("score",), ("select",), stages.select, "which samples to train on"),
         Stage(
@@ -251,6 +263,7 @@ STAGES: Mapping[str, Stage] = {
             ("features", "drafter.kind", "drafter.layers"),
             stages.features,
             "hidden states of what is kept",
+            shared=True,
         ),
         Stage(
             "train",
@@ -260,6 +273,7 @@ STAGES: Mapping[str, Stage] = {
             ("drafter", "growth", "deploy", "train", "eagle", "hass"),
             stages.train,
             "the head",
+            shared=True,
         ),
         Stage(
             "tune",

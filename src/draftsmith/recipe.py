@@ -83,9 +83,10 @@ class DataOptions(Options):
 class FeatureOptions(PassOptions):
     """The target's pass over the answers."""
 
-    store: Literal["all", "kept"] = Field(
+    store: Literal["all", "kept", "online"] = Field(
         default="all",
-        description="all: one pass for scores and features; kept: score first, features only of what is kept",
+        description="all: one pass for scores and features; kept: score first, features only of what is kept; online: "
+        "nothing is stored, the target reads as training goes on",
     )
 
 

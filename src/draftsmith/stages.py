@@ -14,6 +14,7 @@ from draftsmith.data import features as feature_store
 from draftsmith.data import regenerate as regeneration
 from draftsmith.data.conversations import Conversation, from_row, read_conversations, to_row
 from draftsmith.data.features import FeatureStore
+from draftsmith.data.online import OnlineSource
 from draftsmith.data.prompts import make_prompts, templates_digest
 from draftsmith.data.rows import SUFFIXES
 from draftsmith.data.samples import Sample, samples_of
@@ -24,7 +25,7 @@ from draftsmith.drafters.head import Head
 from draftsmith.evaluation import bench as benching
 from draftsmith.evaluation import tuning
 from draftsmith.evaluation.replayed import stored_answer
-from draftsmith.foundation import artefacts, console, seeding
+from draftsmith.foundation import artefacts, console, ranks, seeding
 from draftsmith.foundation.errors import StaleError, UserError
 from draftsmith.foundation.options import validate
 from draftsmith.numerics.distributions import TokenStatistics
@@ -38,7 +39,7 @@ from draftsmith.target.replay import StoredAnswer
 from draftsmith.target.vocabulary import VocabMap
 from draftsmith.training import algorithms
 from draftsmith.training.dev import Dev
-from draftsmith.training.objectives.base import Objective
+from draftsmith.training.objectives.base import Objective, SampleSource
 from draftsmith.training.trackers import tracking
 from draftsmith.training.trainer import train as training
 
@@ -117,6 +118,8 @@ def regenerate(run: Run, out: Path, identity: Identity) -> None:
                 f"{len(waiting)} of {len(asked)} conversations of {run.recipe.data.path or 'the made prompts'} wait "
                 f"for an answer ({waiting[0]} for one): take them out, or set data.keep_answers=false"
             )
+        if ranks.rank() > 0:
+            return
         with artefacts.writing(out, regeneration.KIND, identity) as scratch:
             artefacts.write_jsonl(scratch / regeneration.FILE, (to_row(c) for c in asked))
         return
@@ -256,51 +259,61 @@ def read_selection(run: Run) -> Selection:
 
 def features(run: Run, out: Path, identity: Identity) -> None:
     """Hidden states of kept training samples and dev samples; nothing to do where the score pass stored them."""
-    if run.recipe.features.store == "all":
-        scores = run.path("score")
-        with artefacts.writing(out, feature_store.KIND, identity) as scratch:
-            # what reads this stage's artefact has to notice when the store is another one
-            stored = {"stored_in": scores.name, "checksum": artefacts.checksum(scores)}
-            artefacts.write_json(scratch / "stored.json", stored)
-            console.say("stored by the score pass")
+    store = run.recipe.features.store
+    if store != "kept":
+        # what reads this stage's artefact has to notice when what is read instead is another one
+        read = run.path("score" if store == "all" else "regenerate")
+        if ranks.rank() == 0:
+            with artefacts.writing(out, feature_store.KIND, identity) as scratch:
+                stored = {"stored_in": read.name, "checksum": artefacts.checksum(read)}
+                artefacts.write_json(scratch / "stored.json", stored)
+        told = {"all": "stored by the score pass", "online": "nothing to store: the target reads as training goes on"}
+        console.say(told[store])
         return
-    kept = set(read_selection(run).kept)
-    dev = {s.id for s in _samples(run, "dev")}
-    samples = [s for s in _samples(run) if s.id in kept or s.id in dev]
+    samples = _to_train_on(run)
     want = _reads(run)
     _say_size(run, samples, want)
     feature_store.store(run.target, samples, want, run.recipe.features, out, identity)
 
 
-def stored_features(run: Run) -> FeatureStore:
-    """The store that training reads.
+def training_source(run: Run) -> FeatureStore | OnlineSource:
+    """What training reads: a store, or the target itself.
 
     Raises:
-        StaleError: another target filled it.
+        StaleError: another target filled the store.
     """
+    if run.recipe.features.store == "online":
+        return OnlineSource(run.target, _to_train_on(run), _reads(run), run.recipe.features)
     folder = run.path("score" if run.recipe.features.store == "all" else "features")
     return FeatureStore(folder, _made_by(run), checksums=False)
 
 
-def _dev(run: Run, store: FeatureStore, growth: GrowthOptions) -> Dev:
+def _to_train_on(run: Run) -> list[Sample]:
+    """The kept training samples and the dev samples."""
+    kept = set(read_selection(run).kept)
     dev = {s.id for s in _samples(run, "dev")}
-    answers = [stored_answer(store[i]) for i in store.ids if i in dev]
+    return [s for s in _samples(run) if s.id in kept or s.id in dev]
+
+
+def _dev(run: Run, source: SampleSource, growth: GrowthOptions) -> Dev:
+    dev = {s.id for s in _samples(run, "dev")}
+    answers = [stored_answer(sample) for sample in source.fetch([i for i in source.ids if i in dev], 0)]
     return Dev(run.target.spec, answers, growth.build())
 
 
-def dev_by_set(run: Run, store: FeatureStore) -> dict[str, list[StoredAnswer]]:
+def dev_by_set(run: Run, source: SampleSource) -> dict[str, list[StoredAnswer]]:
     """The dev answers of each set, to be replayed."""
     sets = {c.id: _set_of(c) for c in read_prompts(run, "dev")}
+    asked = {i: prompt for i in source.ids if (prompt := _asked_in(i, sets)) is not None}
     answers: dict[str, list[StoredAnswer]] = {}
-    for i in store.ids:
-        if (prompt := _asked_in(i, sets)) is not None:
-            answers.setdefault(sets[prompt], []).append(stored_answer(store[i]))
+    for sample in source.fetch(list(asked), 0):
+        answers.setdefault(sets[asked[sample.id]], []).append(stored_answer(sample))
     return answers
 
 
 def dev_answers(run: Run) -> list[StoredAnswer]:
     """The run's dev answers with their states, to replay."""
-    return [answer for own in dev_by_set(run, stored_features(run)).values() for answer in own]
+    return [answer for own in dev_by_set(run, training_source(run)).values() for answer in own]
 
 
 def vocabulary(run: Run) -> VocabMap:
@@ -320,9 +333,9 @@ def vocabulary(run: Run) -> VocabMap:
 def train(run: Run, out: Path, identity: Identity) -> None:
     """Train the head on what was kept (kind "drafter")."""
     target, o = run.target, run.recipe
-    store = stored_features(run)
+    source = training_source(run)
     kept = list(read_selection(run).kept)
-    dev = _dev(run, store, o.deploy.growth if o.deploy else o.growth)
+    dev = _dev(run, source, o.deploy.growth if o.deploy else o.growth)
     vocab = vocabulary(run)
     written = torch.cat([torch.tensor(a.ids[a.prompt_length :]) for a in dev.answers])
     covered = vocab.coverage(torch.bincount(written, minlength=target.spec.vocab_size))
@@ -342,7 +355,7 @@ def train(run: Run, out: Path, identity: Identity) -> None:
         reference = _objective(run, teaching)
     log = run.folder / "training.jsonl"
     with tracking(o.tracking, run.folder) as track:
-        found = training(head, objective, store, kept, dev, o.train, out, log, meta, reference=reference, track=track)
+        found = training(head, objective, source, kept, dev, o.train, out, log, meta, reference=reference, track=track)
     _say_saved(run, log)
     console.say(
         f"best checkpoint: step {found['best_step']} of {found['steps']}, dev acceptance length "
@@ -375,7 +388,7 @@ def tune(run: Run, out: Path, identity: Identity) -> None:
     The speed-up expected of a tree is the geometric mean over the sets: a tree that is good for one only is not taken.
     """
     head = load_drafter(run.path("train"), run.target)
-    tried = tuning.tuned(run.target, head, dev_by_set(run, stored_features(run)), run.recipe.tune.growths)
+    tried = tuning.tuned(run.target, head, dev_by_set(run, training_source(run)), run.recipe.tune.growths)
     tuning.show(tried)
     with artefacts.writing(out, "growth", identity) as scratch:
         artefacts.write_json(scratch / "growth.json", tried.best.growth.model_dump(mode="json"))

@@ -13,7 +13,7 @@ from draftsmith import finish
 from draftsmith import recipe as recipes
 from draftsmith.evaluation.report.report import write_report
 from draftsmith.export.chains import best
-from draftsmith.foundation import artefacts, console
+from draftsmith.foundation import artefacts, console, ranks
 from draftsmith.foundation.errors import UserError
 from draftsmith.pipeline import STAGES, Run
 from draftsmith.plan import show
@@ -129,6 +129,8 @@ def _made(run: Run, stage: str) -> None:
 
 def _write_recipe(run: Run) -> None:
     """Write the recipe into the run's folder, where the stages' own commands find it again."""
+    if ranks.rank() > 0:
+        return
     if run.folder.exists() and not run.folder.is_dir():
         raise UserError(f"{run.folder} is a file: --run wants the run's folder")
     for torn in run.folder.glob(".*.tmp"):  # of a write that was killed

@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from draftsmith.data.samples import Sample
-from draftsmith.foundation import artefacts, console
+from draftsmith.foundation import artefacts, console, ranks
 from draftsmith.foundation.errors import UserError
 from draftsmith.foundation.options import Options
 from draftsmith.numerics.distributions import COLUMNS as STATISTICS
@@ -109,60 +110,81 @@ def store(
         "positions": sum(len(s.ids) for s in samples),
     }
     batches = plan([len(s.ids) for s in samples], options.batch_positions)
-    with artefacts.writing(out, KIND, identity, resume=True) as scratch:
-        paths = [scratch / f"shard-{number:05d}.safetensors" for number in range(len(batches))]
-        positions = [sum(len(samples[i].ids) for i in batch) for batch in batches]
-        done = sum(n for n, path in zip(positions, paths, strict=True) if path.is_file())
-        with console.progress("reading with the target", sum(positions), "positions", done=done) as bar:
-            for batch, path, n in zip(batches, paths, positions, strict=True):
+    with artefacts.writing(out, KIND, identity, resume=True, together=True) as scratch:
+        shards = [(batch, scratch / f"shard-{number:05d}.safetensors") for number, batch in enumerate(batches)]
+        own = [(batch, path, sum(len(samples[i].ids) for i in batch)) for batch, path in ranks.share(shards)]
+        done = sum(n for _, path, n in own if path.is_file())
+        with console.progress("reading with the target", sum(n for *_, n in own), "positions", done=done) as bar:
+            for batch, path, n in own:
                 if not path.is_file():
-                    artefacts.save_tensors(path, _read(target, [samples[i] for i in batch], want, counted))
+                    artefacts.save_tensors(path, read(target, [samples[i] for i in batch], want, counted))
                     bar.advance(n)
         index = []
         for number, batch in enumerate(batches):
-            start = 0
-            for i in batch:
-                sample = samples[i]
-                row = {
-                    "id": sample.id,
-                    "shard": number,
-                    "start": start,
-                    "length": len(sample.ids),
-                    "complete": sample.complete,
-                }
-                index.append((i, row))
-                start += len(sample.ids)
-        artefacts.write_jsonl(scratch / "index.jsonl", (row for _, row in sorted(index, key=lambda item: item[0])))
+            rows = placed([samples[i] for i in batch])
+            index += [(i, {**row, "shard": number}) for i, row in zip(batch, rows, strict=True)]
+        if ranks.rank() == 0:
+            artefacts.write_jsonl(scratch / "index.jsonl", (row for _, row in sorted(index, key=lambda item: item[0])))
     return out
 
 
-def _read(
-    target: HFTarget, samples: Sequence[Sample], want: FeatureSpec, counted: Callable[[str], bool]
+def placed(samples: Sequence[Sample]) -> list[dict[str, object]]:
+    """Where each sample stands in a shard that holds them one after another."""
+    rows, start = [], 0
+    for sample in samples:
+        rows.append({"id": sample.id, "start": start, "length": len(sample.ids), "complete": sample.complete})
+        start += len(sample.ids)
+    return rows
+
+
+def sample_at(row: Mapping[str, Any], shard: Mapping[str, Tensor]) -> StoredSample:
+    """A sample out of a shard, by where it stands there."""
+    span = slice(int(row["start"]), int(row["start"]) + int(row["length"]))
+    hidden: dict[Layer, Tensor] = {}
+    for name, tensor in shard.items():
+        if name.startswith("hidden."):
+            layer = name.removeprefix("hidden.")
+            hidden["final" if layer == "final" else int(layer)] = tensor[span]
+    return StoredSample(
+        id=str(row["id"]),
+        ids=shard["ids"][span].long(),
+        mask=shard["mask"][span],
+        complete=bool(row["complete"]),
+        hidden=hidden,
+        statistics={name: shard[name][span] for name in STATISTICS},
+    )
+
+
+def read(
+    target: HFTarget, samples: Sequence[Sample], want: FeatureSpec, counted: Callable[[str], bool] | None = None
 ) -> dict[str, Tensor]:
+    """A shard: what the target knows at every position of some samples, read together, one after another.
+
+    Without `counted` nothing is summed up of the tokens that the target was expected to write.
+    """
     lengths = [len(s.ids) for s in samples]
     ids = torch.zeros((len(samples), max(lengths)), dtype=torch.int64)
     for b, sample in enumerate(samples):
         ids[b, : lengths[b]] = torch.tensor(sample.ids)
     hidden = target.read(ids, lengths, want)
-    answers = torch.zeros(ids.shape, dtype=torch.float32)
-    for b, sample in enumerate(samples):
-        if counted(sample.id):
-            answers[b, : lengths[b] - 1] = torch.tensor(sample.mask[1:], dtype=torch.float32)
     valid = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
     following = torch.nn.functional.pad(ids[:, 1:], (0, 1))
     flat = valid.to(hidden["final"].device)
-    expected = torch.zeros(target.spec.vocab_size, device=flat.device)
-    found = statistics(
-        hidden["final"][flat],
-        target.project,
-        following[valid].to(flat.device),
-        expected=(answers[valid].to(flat.device), expected),
-    )
-    tensors = {name: column.cpu() for name, column in found.tensors().items()}
+    tensors: dict[str, Tensor] = {}
+    expected = None
+    if counted is not None:
+        answers = torch.zeros(ids.shape, dtype=torch.float32)
+        for b, sample in enumerate(samples):
+            if counted(sample.id):
+                answers[b, : lengths[b] - 1] = torch.tensor(sample.mask[1:], dtype=torch.float32)
+        expected = answers[valid].to(flat.device), torch.zeros(target.spec.vocab_size, device=flat.device)
+    found = statistics(hidden["final"][flat], target.project, following[valid].to(flat.device), expected=expected)
+    if expected is not None:
+        tensors["expected"] = expected[1].cpu()
+    tensors |= {name: column.cpu() for name, column in found.tensors().items()}
     last = torch.cumsum(torch.tensor(lengths), 0) - 1
     tensors["nll"][last] = 0.0
     tensors["ids"] = ids[valid].to(torch.int32)
-    tensors["expected"] = expected.cpu()
     tensors["mask"] = torch.tensor([m for s in samples for m in s.mask], dtype=torch.bool)
     for name in want.names:
         tensors[f"hidden.{name}"] = hidden[name][flat].cpu()
@@ -204,21 +226,7 @@ class FeatureStore:
 
     def __getitem__(self, item: int | str) -> StoredSample:
         row = self._index[self._place[item] if isinstance(item, str) else item]
-        shard = self._shard(int(row["shard"]))
-        span = slice(int(row["start"]), int(row["start"]) + int(row["length"]))
-        hidden: dict[Layer, Tensor] = {}
-        for name, tensor in shard.items():
-            if name.startswith("hidden."):
-                layer = name.removeprefix("hidden.")
-                hidden["final" if layer == "final" else int(layer)] = tensor[span]
-        return StoredSample(
-            id=str(row["id"]),
-            ids=shard["ids"][span].long(),
-            mask=shard["mask"][span],
-            complete=bool(row["complete"]),
-            hidden=hidden,
-            statistics={name: shard[name][span] for name in STATISTICS},
-        )
+        return sample_at(row, self._shard(int(row["shard"])))
 
     def outline(self, name: str) -> StoredSample:
         """A sample by id; what training looks at before it begins."""

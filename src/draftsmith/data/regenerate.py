@@ -19,7 +19,7 @@ from draftsmith.data.conversations import Answer, Conversation, Message, from_ro
 from draftsmith.data.replies import Asked, Tally
 from draftsmith.data.served import ServerOptions
 from draftsmith.data.served import answer as served
-from draftsmith.foundation import artefacts, console
+from draftsmith.foundation import artefacts, console, ranks
 from draftsmith.foundation.errors import UserError
 from draftsmith.foundation.options import Options
 from draftsmith.target import chat
@@ -96,7 +96,7 @@ def regenerate(
     order = [job.id for c in conversations for turn in range(turns(c)) for job in plan([c], turn)]
     if twice := [name for name, count in Counter(order).items() if count > 1]:
         raise UserError(f"two answers would be called {twice[0]!r}: give the conversations other ids")
-    with artefacts.writing(out, KIND, identity, resume=True) as scratch:
+    with artefacts.writing(out, KIND, identity, resume=True, together=True) as scratch:
         writer = _Writer(target, options, scratch / artefacts.WORK, on_tokens)
         for turn in range(max(map(turns, conversations), default=0)):
             writer.write_turn(plan(conversations, turn), turn)
@@ -104,15 +104,20 @@ def regenerate(
             reason = f": {next(iter(writer.refused.values()))}" if writer.refused else ", for there is none"
             raise UserError(f"no conversation can be answered{reason}")
         writer.tally.report()
-        artefacts.write_jsonl(scratch / FILE, (to_row(writer.written[i]) for i in order if i in writer.written))
-        if writer.refused:
-            rows = [{"id": name, "reason": reason} for name, reason in writer.refused.items()]
-            artefacts.write_jsonl(scratch / QUARANTINE, rows)
-            console.warn(
-                f"{len(rows)} of {len(order)} answers can't be written, the first ({rows[0]['id']}) because "
-                f"{rows[0]['reason']}; all are listed in {out / QUARANTINE}"
-            )
+        if ranks.rank() == 0:
+            _finish(writer, order, scratch, out)
     return out
+
+
+def _finish(writer: _Writer, order: Sequence[str], scratch: Path, out: Path) -> None:
+    artefacts.write_jsonl(scratch / FILE, (to_row(writer.written[i]) for i in order if i in writer.written))
+    if writer.refused:
+        rows = [{"id": name, "reason": reason} for name, reason in writer.refused.items()]
+        artefacts.write_jsonl(scratch / QUARANTINE, rows)
+        console.warn(
+            f"{len(rows)} of {len(order)} answers can't be written, the first ({rows[0]['id']}) because "
+            f"{rows[0]['reason']}; all are listed in {out / QUARANTINE}"
+        )
 
 
 def read(folder: Path, expect: Mapping[str, object] | None = None) -> list[Conversation]:
@@ -140,33 +145,35 @@ class _Writer:
         server = self.options.server
         size = 4 * server.concurrency if server else self.options.batch
         batches = [order[i : i + size] for i in range(0, len(order), size)]
-        paths = [self.folder / f"{turn}-{number:05d}.jsonl" for number in range(len(batches))]
+        files = [(batch, self.folder / f"{turn}-{number:05d}.jsonl") for number, batch in enumerate(batches)]
+        own = ranks.share(files)
         # Counted in tokens, for a batch's answers end nearly together; what an answer did not need is done too.
         longest = self.options.max_new_tokens
-        done = longest * sum(len(batch) for batch, path in zip(batches, paths, strict=True) if path.is_file())
+        done = longest * sum(len(batch) for batch, path in own if path.is_file())
         title = f"writing answers, turn {turn + 1}" if turn else "writing answers"
         started, tokens, answers = time.perf_counter(), 0, 0
-        with console.progress(title, longest * len(order), "tokens", done=done) as bar:
-            for batch, path in zip(batches, paths, strict=True):
+        with console.progress(title, longest * sum(len(batch) for batch, _ in own), "tokens", done=done) as bar:
+            for batch, path in own:
                 if path.is_file():
-                    rows = [from_row(row) for row in artefacts.read_jsonl(path)]
-                else:
-                    rows = []
-                    asked = [prompts[job.id][1] for job in batch]
-                    names = [job.id for job in batch]
-                    for event in self._events(asked, names):
-                        if isinstance(event, Written):
-                            rows.append(self._answered(batch[event.row], *prompts[names[event.row]], event))
-                            answers += 1
-                            bar.advance(max(0, longest - len(event.token_ids)), answers=answers)
-                        else:
-                            tokens += event
-                            bar.advance(event, written_per_second=round(tokens / (time.perf_counter() - started)))
-                            if self.on_tokens:
-                                self.on_tokens(event)
-                    rows.sort(key=lambda c: c.id)
-                    artefacts.write_jsonl(path, (to_row(c) for c in rows))
-                self.written.update({c.id: c for c in rows})
+                    continue
+                rows = []
+                asked = [prompts[job.id][1] for job in batch]
+                names = [job.id for job in batch]
+                for event in self._events(asked, names):
+                    if isinstance(event, Written):
+                        rows.append(self._answered(batch[event.row], *prompts[names[event.row]], event))
+                        answers += 1
+                        bar.advance(max(0, longest - len(event.token_ids)), answers=answers)
+                    else:
+                        tokens += event
+                        bar.advance(event, written_per_second=round(tokens / (time.perf_counter() - started)))
+                        if self.on_tokens:
+                            self.on_tokens(event)
+                rows.sort(key=lambda c: c.id)
+                artefacts.write_jsonl(path, (to_row(c) for c in rows))
+        ranks.barrier()  # the next turn reads what all ranks wrote
+        for _, path in files:
+            self.written.update({c.id: c for c in map(from_row, artefacts.read_jsonl(path))})
 
     def _events(self, asked: Sequence[list[int]], names: Sequence[str]) -> Iterator[Written | int]:
         """Finished answers and counts of tokens, from the target here or from a server."""

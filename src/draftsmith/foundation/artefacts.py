@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from draftsmith.foundation import console, provenance
+from draftsmith.foundation import console, provenance, ranks
 from draftsmith.foundation.errors import StaleError, UserError
 
 if TYPE_CHECKING:
@@ -149,7 +149,13 @@ def partial(folder: Path) -> Path:
 
 @contextmanager
 def writing(
-    folder: Path, kind: str, meta: Mapping[str, object], *, keep: Path | None = None, resume: bool = False
+    folder: Path,
+    kind: str,
+    meta: Mapping[str, object],
+    *,
+    keep: Path | None = None,
+    resume: bool = False,
+    together: bool = False,
 ) -> Iterator[Path]:
     """Assemble an artefact in a scratch folder beside `folder`; it appears under its name only when it is whole.
 
@@ -165,11 +171,20 @@ def writing(
             be filled in meanwhile.
         keep: where an older complete artefact is moved to; by default it is deleted.
         resume: keep the files of an unfinished earlier run of the same kind and meta; any others are cleared.
+        together: all ranks run the block on one shared scratch folder, each writing files of its own names; rank 0
+            begins and, once all are through, finishes.
 
     Raises:
         UserError: the disk is full, or `folder` is in the way and no artefact.
     """
     scratch, older = partial(folder), folder.with_name(folder.name + ".old")
+    wait = ranks.barrier if together else _not_waiting
+    if together and ranks.rank() > 0:
+        wait()  # until the folder is there
+        yield scratch
+        wait()  # until all have written
+        wait()  # until the artefact has its name
+        return
     if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} exists and was not made by draftsmith: it is left alone; choose another place")
     if older.exists():
@@ -186,7 +201,9 @@ def writing(
         (scratch / MANIFEST).unlink(missing_ok=True)
         if resume:
             write_json(scratch / WORK / _PLAN, plan)
+        wait()
         yield scratch
+        wait()
         for leftover in scratch.rglob(".*.tmp"):
             leftover.unlink()
         write_json(scratch / PROVENANCE, provenance.collect())
@@ -204,6 +221,11 @@ def writing(
                     shutil.rmtree(keep)
                 older.rename(keep)
         tidy(folder)
+        wait()
+
+
+def _not_waiting() -> None:
+    pass
 
 
 def tidy(folder: Path) -> None:

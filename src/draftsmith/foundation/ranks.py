@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -38,11 +39,13 @@ def join() -> None:
 
     if world() == 1 or distributed.is_initialized():
         return
+    # A rank may wait long for another's work; of a rank that died torchrun tells the others.
+    patience = timedelta(days=1)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
-        distributed.init_process_group("cpu:gloo,cuda:nccl")
+        distributed.init_process_group("cpu:gloo,cuda:nccl", timeout=patience)
     else:
-        distributed.init_process_group("gloo")
+        distributed.init_process_group("gloo", timeout=patience)
     atexit.register(_leave)
 
 

@@ -72,19 +72,21 @@ def train(
         UserError: no sample teaches anything, or no dev answer can be replayed.
         SystemExit: with code 0, after SIGTERM: the state is saved, and the same call goes on from it.
     """
-    known = checkpoint.identity(cast(Saved, drafter), dev.spec.fingerprint)
-    identity = {**meta, **known, "train": options.model_dump(mode="json")}
-    with artefacts.writing(out, checkpoint.KIND, identity, resume=True) as scratch:
+    described = checkpoint.identity(cast(Saved, drafter), dev.spec.fingerprint)
+    identity = {**meta, **described, "train": options.model_dump(mode="json")}
+    with artefacts.writing(out, checkpoint.KIND, identity, resume=True, together=True) as scratch:
         work = scratch / artefacts.WORK
         run = _Training(drafter, objective, source, kept, dev, options, work / STATE, log, reference, track)
         length = work / "steps.json"
-        if not length.is_file():
-            artefacts.write_json(length, run.planned())
-        steps = int(artefacts.read_json(length))
+        known = int(ranks.first(artefacts.read_json(length) if length.is_file() else 0))
+        steps = known or run.planned()
+        if not known and ranks.rank() == 0:
+            artefacts.write_json(length, steps)
         done = run.run(steps)
-        checkpoint.write(cast(Saved, drafter), scratch, done.best_weights)
         summary = {"steps": steps, "best_step": done.best_step, "dev_acceptance_length": done.best}
-        artefacts.write_json(scratch / "training.json", summary)
+        if ranks.rank() == 0:
+            checkpoint.write(cast(Saved, drafter), scratch, done.best_weights)
+            artefacts.write_json(scratch / "training.json", summary)
     return summary
 
 

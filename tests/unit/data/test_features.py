@@ -97,7 +97,7 @@ def test_killed_between_shards_it_goes_on_and_stores_the_same(tmp_path: Path, mo
     store(tiny_target(), SAMPLES, WANT, options, tmp_path / "undisturbed", {})
     shards = len(list((tmp_path / "undisturbed").glob("shard-*")))
     assert shards > 2
-    read, calls = features._read, 0
+    read, calls = features.read, 0
 
     def counted(*arguments: object) -> object:
         nonlocal calls
@@ -106,7 +106,7 @@ def test_killed_between_shards_it_goes_on_and_stores_the_same(tmp_path: Path, mo
             raise Killed
         return read(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(features, "_read", counted)
+    monkeypatch.setattr(features, "read", counted)
     lives = 0
     while not (tmp_path / "s").exists():
         calls, lives = 0, lives + 1

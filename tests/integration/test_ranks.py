@@ -1,0 +1,95 @@
+"""Two processes of `torchrun` make what one makes: the same answers and features, the same training up to rounding."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from draftsmith.foundation import artefacts
+from draftsmith.pipeline import STAGES
+from tests.integration.tiny_folder import write_recipe, write_target
+
+ROOT = Path(__file__).parents[2]
+PARTS: dict[str, Any] = {
+    "regenerate": {"batch": 2, "max_new_tokens": 10},
+    "features": {"store": "kept", "batch_positions": 256},
+    # three rows a step, the last of an epoch fewer: ranks have unequal shares, and sometimes none
+    "train": {"steps": 20, "batch_positions": 192, "evaluations": 4, "ema": 0.5, "learning_rate": 1e-4},
+}
+
+
+def command(*arguments: object, processes: int) -> str:
+    """Run draftsmith in so many processes; what it said."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src"), "COLUMNS": "140"}
+    line = [sys.executable, *launcher, "-m", "draftsmith", *map(str, arguments)]
+    ended = subprocess.run(line, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, str]:
+    """A whole run by one process and one by two, and what the two said."""
+    folder = tmp_path_factory.mktemp("ranks")
+    recipe = write_recipe(folder / "recipe.yaml", write_target(folder / "target"), **PARTS)
+    command("quickstart", "-C", folder / "one", "--recipe", recipe, processes=1)
+    said = command("quickstart", "-C", folder / "two", "--recipe", recipe, processes=2)
+    return folder / "one", folder / "two", said
+
+
+@pytest.mark.parametrize("stage", ["prompts", "regenerate", "score", "select", "features"])
+def test_two_ranks_make_the_same_artefact(runs: tuple[Path, Path, str], stage: str) -> None:
+    one, two = (artefacts.checksum(run / STAGES[stage].folder) for run in runs[:2])
+    assert one == two
+
+
+def test_training_on_two_ranks_follows_one_process(runs: tuple[Path, Path, str]) -> None:
+    one, two = ([row for row in artefacts.read_jsonl(run / "training.jsonl") if "loss" in row] for run in runs[:2])
+    assert len(one) == len(two) == 20
+    for here, there in zip(one, two, strict=True):
+        assert there["loss_by_step"] == pytest.approx(here["loss_by_step"], rel=1e-5)
+        assert there["lr"] == here["lr"]
+    assert one[0]["loss"] != one[-1]["loss"], "it does learn"
+    first, second = (artefacts.load_tensors(run / "drafter" / "model.safetensors") for run in runs[:2])
+    for name, value in first.items():
+        if value.is_floating_point():
+            assert (value - second[name]).norm() <= 1e-4 * value.norm(), name
+        else:
+            assert torch.equal(value, second[name])
+    summaries = [artefacts.read_json(run / "drafter" / "training.json") for run in runs[:2]]
+    assert summaries[0] == summaries[1]
+
+
+def test_only_the_first_rank_speaks(runs: tuple[Path, Path, str]) -> None:
+    said = runs[2].splitlines()
+    for line in ("train: the EAGLE-3 head", "report and export"):
+        assert sum(text.startswith(line) for text in said) <= 1
+    assert sum(text.startswith("best checkpoint:") for text in said) == 1
+
+
+def test_finished_shards_of_a_killed_run_are_kept(runs: tuple[Path, Path, str], tmp_path: Path) -> None:
+    """One shard of three is there: two ranks read the others, and the artefact is the same."""
+    one = runs[0]
+    run = tmp_path / "run"
+    for name in ("prompts", "answers"):
+        (run / name).mkdir(parents=True)
+        for file in (one / name).iterdir():
+            (run / name / file.name).hardlink_to(file)
+    (run / "recipe.yaml").write_bytes((one / "recipe.yaml").read_bytes())
+    scratch = artefacts.partial(run / "scores")
+    shards = sorted((one / "scores").glob("shard-*"))
+    assert len(shards) > 2
+    meta = artefacts.opened(one / "scores", "features")
+    artefacts.write_json(scratch / artefacts.WORK / "plan.json", {"kind": "features", "meta": meta})
+    kept = scratch / shards[1].name
+    kept.hardlink_to(shards[1])
+    command("score", "-C", run, processes=2)
+    assert artefacts.checksum(run / "scores") == artefacts.checksum(one / "scores")
+    assert (run / "scores" / kept.name).stat().st_ino == shards[1].stat().st_ino, "it was not read again"
