@@ -40,6 +40,7 @@ Redo = Annotated[bool, typer.Option("--redo", help="Make it again although it is
 Plan = Annotated[
     bool, typer.Option("--plan", help="Say what would run, how long, how much memory and disk; run nothing.")
 ]
+Force = Annotated[bool, typer.Option("--force", help="Train although it would need more memory than there is.")]
 
 RUN = Path("runs/quickstart")
 
@@ -68,6 +69,7 @@ def quickstart(
     data: Data = None,
     server: Server = None,
     plan: Plan = False,
+    force: Force = False,
     redo: Annotated[
         list[str] | None, typer.Option("--redo", help="A stage to make again (may be given several times).")
     ] = None,
@@ -75,7 +77,9 @@ def quickstart(
     """The whole path: prompts, answers, selection, a trained drafter, measured, exported. Interrupted, it goes on."""
     from draftsmith.commands import stage
 
-    stage.whole(run, recipe, stage.assignments(overrides, target, data, server), plan=plan, redo=redo or [])
+    stage.whole(
+        run, recipe, stage.assignments(overrides, target, data, server), plan=plan, redo=redo or [], force=force
+    )
 
 
 def _register(name: str, text: str) -> None:
@@ -88,10 +92,13 @@ def _register(name: str, text: str) -> None:
         server: Server = None,
         redo: Redo = False,
         plan: Plan = False,
+        force: Force = False,
     ) -> None:
         from draftsmith.commands import stage
 
-        stage.one(name, run, recipe, stage.assignments(overrides, target, data, server), plan=plan, redo=redo)
+        stage.one(
+            name, run, recipe, stage.assignments(overrides, target, data, server), plan=plan, redo=redo, force=force
+        )
 
     app.command(name, help=text)(command)
 

@@ -1,20 +1,39 @@
-"""What a run would do: stage by stage, how long, how much memory and disk. Nothing is run, and all is estimated."""
+"""What a run would do: stage by stage, how long, how much memory and disk. Nothing is run, and all is estimated.
+
+Training is looked at more closely, for it needs most: its memory follows from the head's shape, and where the features
+are there three steps are timed.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import time
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from draftsmith.foundation import console
+from draftsmith import stages
+from draftsmith.data.features import FeatureStore
+from draftsmith.drafters.eagle3 import Eagle3, eagle3_options
+from draftsmith.foundation import console, ranks
+from draftsmith.foundation.errors import UserError
 from draftsmith.pipeline import STAGES, Run
+from draftsmith.target import gguf
+from draftsmith.target.protocol import TargetSpec
+from draftsmith.target.vocabulary import VocabMap
+from draftsmith.training.batches import epoch_plan
+from draftsmith.training.memory import training_memory
+from draftsmith.training.trainer import step_seconds
 
 # Tokens of a made prompt with its template, and of an answer under a cap of 128: measured on the quick start's prompts.
 PROMPT_TOKENS = 75
 ANSWER_SHARE = 0.8
+TIGHT, REFUSED = 0.9, 1.3  # shares of the memory there is, from which is warned and refused
+LESS_MEMORY = "take shorter steps (train.batch_positions), parts of them (train.accumulation) or train.checkpoint_steps"
 
 
 def _machine() -> tuple[float, float]:
@@ -56,20 +75,21 @@ def show(run: Run, until: str | None = None) -> None:
     bench = tokens * plain * 1.8 * recipe.bench.repeats
     kept = recipe.select.ratio or (1.0 if recipe.select.method == "full" else 0.5)
     store = positions * (4 * hidden * 2 + 37)
-    if recipe.features.store == "kept":
-        store = int(store * kept)
-    training = recipe.train.seconds or (recipe.train.steps or 0) * 1.0
+    if recipe.features.store != "all":
+        store = int(store * kept) if recipe.features.store == "kept" else 0
+    trained = training(run, probe=until == "train")
+    estimated = trained.seconds or (trained.steps or 0) * 1.0
     seconds = {
         "prompts": 1.0,
         "regenerate": write,
         "score": read,
         "select": 1.0,
-        "features": 1.0 if recipe.features.store == "all" else read * kept,
-        "train": training,
+        "features": read * kept if recipe.features.store == "kept" else 1.0,
+        "train": recipe.train.seconds or estimated,
         "tune": 40.0,
         "bench": bench,
     }
-    disk = {"score": store if recipe.features.store == "all" else positions * 37, "train": 60 << 20}
+    disk = {"score": store if recipe.features.store == "all" else positions * 37, "train": trained.disk}
     if recipe.features.store == "kept":
         disk["features"] = store
     names = list(STAGES)
@@ -89,18 +109,120 @@ def show(run: Run, until: str | None = None) -> None:
         )
     console.table("Plan (estimates for this machine)", ["stage", "what", "state", "time", "disk"], rows)
     total = sum(seconds[n] for n in names if run.status(n) != "done")
-    memory = parameters * 2 + 12 * 9.8e6 + store + (1 << 30)
+    memory = max(parameters * 2 + (1 << 30), trained.memory)
     free = shutil.disk_usage(_existing(run.folder)).free
-    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    here = memory_here()
     console.say(
         f"{train} training, {dev} dev and {test} test prompts; about {console.count(positions)} positions; "
         f"about {console.duration(total)}, {console.size(int(memory))} of memory ({console.size(here)} here) and "
         f"{console.size(sum(disk.values()) + len(names) * (1 << 20))} of disk ({console.size(free)} free)"
     )
-    if memory > 0.9 * here:
-        console.warn("memory is tight: take fewer prompts (data.train) or features.store=kept")
-    if sum(disk.values()) > 0.9 * free:
+    steps = "steps that fit into its time box" if trained.steps is None else f"{console.count(trained.steps)} steps"
+    probed = "" if trained.step_seconds is None else f", {console.duration(trained.step_seconds)} each (timed)"
+    console.say(
+        f"training: {console.count(trained.parameters)} parameters, {console.count(trained.positions)} tokens an "
+        f"epoch, {steps}{probed}; peak memory {console.size(trained.memory)}"
+    )
+    if memory > TIGHT * here:
+        console.warn(f"memory is tight: {LESS_MEMORY}")
+    if sum(disk.values()) > TIGHT * free:
         console.warn("the disk is tight: take fewer prompts (data.train) or features.store=kept")
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What training would take.
+
+    Attributes:
+        parameters: that are trained; positions: tokens of an epoch; steps: None where a time box will tell.
+        memory: bytes of the process at its peak, features not counted (they are mapped from the disk).
+        disk: bytes of its state and the drafter.
+        step_seconds, seconds: of a step and of all, where three steps could be timed.
+    """
+
+    parameters: int
+    positions: int
+    steps: int | None
+    memory: int
+    disk: int
+    step_seconds: float | None = None
+    seconds: float | None = None
+
+
+def training(run: Run, probe: bool = False) -> TrainingPlan:
+    """What training would take, from the target's configuration; with `probe` three steps are timed, if they can be."""
+    o = run.recipe
+    config, target_parameters = _target(o.target.name)
+    spec = TargetSpec(
+        o.target.name, "", config.vocab_size, config.hidden_size, config.num_hidden_layers, 1 << 12, (), "bfloat16"
+    )
+    with torch.device("meta"):
+        options = eagle3_options(config, spec, min(o.drafter.draft_vocab_size, spec.vocab_size), o.drafter.layers)
+        vocab = VocabMap(torch.arange(options.draft_vocab_size, device="cpu"), spec.vocab_size)
+        head = Eagle3(options, vocab, torch.empty(0))
+    parameters = sum(p.numel() for p in head.parameters())
+    width = 4 if o.target.dtype == "float32" else 2
+    features = len(options.auxiliary_layers) * spec.hidden_size
+    taken = training_memory(options, parameters, features, o.train, ranks.world(), width)
+    shared = target_parameters * width + (spec.vocab_size * spec.hidden_size * 4 if width == 2 else 0)
+    lengths = _kept_lengths(run)
+    positions = sum(lengths)
+    steps = o.train.steps
+    if o.train.epochs is not None:
+        epochs = (
+            epoch_plan(lengths, o.train.row_length, o.train.batch_positions, o.train.seed, epoch)
+            for epoch in range(o.train.epochs)
+        )
+        steps = sum(map(len, epochs))
+    memory = _process_bytes() + shared + taken.peak
+    found = TrainingPlan(parameters, positions, steps, memory, taken.saving + 8 * parameters)
+    if not probe or not (run.status("features") == run.status("select") == "done"):
+        return found
+    t = stages.training_of(run, stages.vocabulary(run))
+    step, evaluation = step_seconds(t.head, t.objective, t.source, t.kept, t.dev, o.train, t.reference)
+    whole = o.train.seconds or step * (steps or 0) + evaluation * o.train.evaluations
+    return replace(found, step_seconds=step, seconds=whole)
+
+
+def check(run: Run, force: bool = False) -> None:
+    """Warn where training would need nearly all memory there is.
+
+    Raises:
+        UserError: it would need more than 1.3 times as much, and `force` is not said.
+    """
+    needed, here = training(run).memory, memory_here()
+    said = f"training would take {console.size(needed)} of memory, and there are {console.size(here)}"
+    if needed > REFUSED * here and not force:
+        raise UserError(f"{said}: {LESS_MEMORY}; --force tries it all the same")
+    if needed > TIGHT * here:
+        console.warn(f"{said}: {LESS_MEMORY}")
+
+
+def memory_here() -> int:
+    """Bytes of memory that training can have: the GPU's where there is one, else the machine's."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _process_bytes() -> int:
+    """What this process takes now: the interpreter and its libraries."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 400 << 20
+
+
+def _kept_lengths(run: Run) -> list[int]:
+    """Tokens of each sample to train on; estimated where they are not chosen yet."""
+    o = run.recipe
+    if run.status("select") == "done":
+        store = FeatureStore(run.path("score"), checksums=False)
+        lengths = dict(zip(store.ids, store.lengths, strict=True))
+        return [lengths[i] for i in stages.read_selection(run).kept]
+    samples = o.data.train * (1 if o.data.path else len(o.data.sets))
+    kept = o.select.ratio or (1.0 if o.select.method == "full" else 0.5)
+    return [PROMPT_TOKENS + int(o.regenerate.max_new_tokens * ANSWER_SHARE)] * max(1, int(samples * kept))
 
 
 def _existing(folder: Path) -> Path:
@@ -110,12 +232,23 @@ def _existing(folder: Path) -> Path:
 
 
 def _size(name: str) -> tuple[float, int, int]:
-    """(parameters, hidden size, layers) of a target folder; a 135M model's where it can't be told from here."""
-    path = Path(name)
-    if (path / "config.json").is_file():
-        from transformers import AutoConfig
+    """(parameters, hidden size, layers) of a target."""
+    config, parameters = _target(name)
+    return parameters, config.hidden_size, config.num_hidden_layers
 
-        config = AutoConfig.from_pretrained(path).get_text_config()
-        weights = sum(f.stat().st_size for f in path.glob("*.safetensors")) / 2
-        return weights or 1e9, config.hidden_size, config.num_hidden_layers
-    return 134.5e6, 576, 30
+
+@cache
+def _target(name: str) -> tuple[Any, int]:
+    """A target's text configuration and its number of parameters, without its weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path: str | Path = name
+    if name == "smollm2" or name.endswith(".gguf"):
+        path = gguf.convert(gguf.smollm2() if name == "smollm2" else Path(name), gguf.cache_root())
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as problem:
+        raise UserError(f"{name}: its configuration can't be read: {str(problem).splitlines()[0]}") from problem
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return config.get_text_config(), sum(p.numel() for p in model.parameters())

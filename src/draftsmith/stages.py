@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Container, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -330,32 +330,51 @@ def vocabulary(run: Run) -> VocabMap:
     return VocabMap.from_counts(counts, size, [i for i in always if i < spec.vocab_size], spec.vocab_size)
 
 
+@dataclass(frozen=True)
+class Training:
+    """What the trainer is given, but for where it writes."""
+
+    head: Head
+    objective: Objective
+    source: SampleSource
+    kept: list[str]
+    dev: Dev
+    reference: Objective | None
+
+
+def training_of(run: Run, vocab: VocabMap) -> Training:
+    """A run's drafter and what it is trained on, untrained."""
+    o = run.recipe
+    source = training_source(run)
+    dev = _dev(run, source, o.deploy.growth if o.deploy else o.growth)
+    head = algorithms.fresh_head(o.drafter.kind, run.target, vocab, o.drafter.layers, o.train.seed)
+    reference = None
+    if o.train.reference is not None:
+        teaching = load_drafter(o.train.reference, run.target, torch.float32)
+        if not isinstance(teaching, Head) or teaching.KIND != head.KIND:
+            raise UserError(f"train.reference: {o.train.reference} is no {head.LABEL}, which is what is trained")
+        reference = _objective(run, teaching)
+    return Training(head, _objective(run, head), source, list(read_selection(run).kept), dev, reference)
+
+
 def train(run: Run, out: Path, identity: Identity) -> None:
     """Train the head on what was kept (kind "drafter")."""
-    target, o = run.target, run.recipe
-    source = training_source(run)
-    kept = list(read_selection(run).kept)
-    dev = _dev(run, source, o.deploy.growth if o.deploy else o.growth)
+    o = run.recipe
     vocab = vocabulary(run)
-    written = torch.cat([torch.tensor(a.ids[a.prompt_length :]) for a in dev.answers])
-    covered = vocab.coverage(torch.bincount(written, minlength=target.spec.vocab_size))
+    t = training_of(run, vocab)
+    written = torch.cat([torch.tensor(a.ids[a.prompt_length :]) for a in t.dev.answers])
+    covered = vocab.coverage(torch.bincount(written, minlength=run.target.spec.vocab_size))
     filled = f"; {vocab.filled} of them are never written and fill it up" if vocab.filled else ""
     console.say(
         f"draft vocabulary of {console.count(vocab.size)} tokens covers {covered:.1%} of the dev answers{filled}"
     )
-    head = algorithms.fresh_head(o.drafter.kind, target, vocab, o.drafter.layers, o.train.seed)
-    objective = _objective(run, head)
     meta: Identity = {**identity, "covered": round(covered, 4)}
-    reference = None
     if o.train.reference is not None:
         meta["reference"] = artefacts.checksum(o.train.reference)
-        teaching = load_drafter(o.train.reference, target, torch.float32)
-        if not isinstance(teaching, Head) or teaching.KIND != head.KIND:
-            raise UserError(f"train.reference: {o.train.reference} is no {head.LABEL}, which is what is trained")
-        reference = _objective(run, teaching)
     log = run.folder / "training.jsonl"
     with tracking(o.tracking, run.folder) as track:
-        found = training(head, objective, source, kept, dev, o.train, out, log, meta, reference=reference, track=track)
+        parts = (t.head, t.objective, t.source, t.kept, t.dev, o.train)
+        found = training(*parts, out, log, meta, reference=t.reference, track=track)
     _say_saved(run, log)
     console.say(
         f"best checkpoint: step {found['best_step']} of {found['steps']}, dev acceptance length "

@@ -16,7 +16,7 @@ from draftsmith.export.chains import best
 from draftsmith.foundation import artefacts, console, ranks
 from draftsmith.foundation.errors import UserError
 from draftsmith.pipeline import STAGES, Run
-from draftsmith.plan import show
+from draftsmith.plan import check, show
 
 RECIPE = "recipe.yaml"
 ROWS = "bench.jsonl"
@@ -39,7 +39,9 @@ def opened(folder: Path, name: str | None, overrides: Sequence[str]) -> Run:
     return Run(recipes.load(name or (str(kept) if kept.is_file() else QUICKSTART), overrides), folder)
 
 
-def whole(folder: Path, name: str | None, overrides: Sequence[str], *, plan: bool, redo: Sequence[str]) -> None:
+def whole(
+    folder: Path, name: str | None, overrides: Sequence[str], *, plan: bool, redo: Sequence[str], force: bool = False
+) -> None:
     """Run all stages, or show the plan."""
     if unknown := [stage for stage in redo if stage not in STAGES]:
         near = difflib.get_close_matches(unknown[0], STAGES, n=1)
@@ -50,6 +52,8 @@ def whole(folder: Path, name: str | None, overrides: Sequence[str], *, plan: boo
         show(run)
         return
     run.refuse_stale(STAGES, redo)
+    if run.status("train") != "done" or redo:
+        check(run, force)
     _write_recipe(run)
     run.run_all(redo)
     console.say(f"\nreport:  {folder / finish.REPORT}")
@@ -57,13 +61,24 @@ def whole(folder: Path, name: str | None, overrides: Sequence[str], *, plan: boo
     console.say(f"talk:    draftsmith chat --run {folder}")
 
 
-def one(stage: str, folder: Path, name: str | None, overrides: Sequence[str], *, plan: bool, redo: bool) -> None:
+def one(
+    stage: str,
+    folder: Path,
+    name: str | None,
+    overrides: Sequence[str],
+    *,
+    plan: bool,
+    redo: bool,
+    force: bool = False,
+) -> None:
     """Run one stage, or show the plan up to it."""
     run = opened(folder, name, overrides)
     if plan:
         show(run, stage)
         return
     run.require(stage, redo)
+    if stage == "train" and (redo or not run.made(stage)):
+        check(run, force)
     _write_recipe(run)
     run.run(stage, redo)
 

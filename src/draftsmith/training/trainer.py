@@ -90,6 +90,20 @@ def train(
     return summary
 
 
+def step_seconds(
+    drafter: nn.Module,
+    objective: Objective,
+    source: SampleSource,
+    kept: Sequence[str],
+    dev: Dev,
+    options: TrainOptions,
+    reference: Objective | None = None,
+) -> tuple[float, float]:
+    """Seconds of an optimiser step and of an evaluation on this machine, from three steps that move nothing."""
+    nowhere = Path()
+    return _Training(drafter, objective, source, kept, dev, options, nowhere, nowhere, reference, None).timed()
+
+
 class _Training:
     """A run's moving parts."""
 
@@ -203,7 +217,13 @@ class _Training:
         return ranks.sums(own, MOST_STEPS)
 
     def probe(self, seconds: float) -> int:
-        """How many steps fit into a time box, from three timed ones that move nothing (their learning rate is 0)."""
+        """How many steps fit into a time box."""
+        step, evaluation = self.timed()
+        left = seconds - self.options.evaluations * evaluation
+        return int(ranks.first(max(10, max(left, 0.2 * seconds) // step)))
+
+    def timed(self) -> tuple[float, float]:
+        """Seconds of a step, the best of three that move nothing (their learning rate is 0), and of an evaluation."""
         times = []
         for number, parts in enumerate(self.batches(0)):
             started = time.perf_counter()
@@ -215,9 +235,7 @@ class _Training:
         self.weights = self.options.weights.build()
         started = time.perf_counter()
         self.evaluate()
-        replay_seconds = time.perf_counter() - started
-        left = seconds - self.options.evaluations * replay_seconds
-        return int(ranks.first(max(10, max(left, 0.2 * seconds) // min(times[1:] or times))))
+        return min(times[1:] or times), time.perf_counter() - started
 
     def run(self, steps: int) -> state.Progress:
         """Train from the last state (or the start) to the end."""
