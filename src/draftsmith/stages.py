@@ -369,7 +369,7 @@ def train(run: Run, out: Path, identity: Identity) -> None:
         f"draft vocabulary of {console.count(vocab.size)} tokens covers {covered:.1%} of the dev answers{filled}"
     )
     meta: Identity = {**identity, "covered": round(covered, 4)}
-    if o.train.reference is not None:
+    if isinstance(o.train.reference, Path):
         meta["reference"] = artefacts.checksum(o.train.reference)
     log = run.folder / "training.jsonl"
     with tracking(o.tracking, run.folder) as track:

@@ -23,7 +23,7 @@ from draftsmith.foundation.errors import UserError
 from draftsmith.foundation.options import Options, validate
 from draftsmith.target import inside
 from draftsmith.target.cache import KeyValueCache
-from draftsmith.target.model import HFTarget
+from draftsmith.target.model import HFTarget, quiet_in_logs
 from draftsmith.target.protocol import FeatureSpec
 from draftsmith.target.vocabulary import VocabMap
 
@@ -111,7 +111,8 @@ class Standalone(nn.Module):
         model = copy.deepcopy(self).to(getattr(torch, self.options.dtype)).with_weights(weights).model
         model.generation_config.num_assistant_tokens_schedule = "constant"
         model.generation_config.assistant_confidence_threshold = 0.0
-        model.save_pretrained(folder)
+        with quiet_in_logs():
+            model.save_pretrained(folder)
         if hasattr(self.tokenizer, "save_pretrained"):
             self.tokenizer.save_pretrained(folder)
 
@@ -246,7 +247,8 @@ def load_model(folder: str | Path, vocab_size: int, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
+        with quiet_in_logs():
+            model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError) as problem:
         raise UserError(
             f"{folder}: not loadable as a causal language model: {str(problem).splitlines()[0]}"

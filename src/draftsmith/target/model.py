@@ -245,7 +245,7 @@ def load_target(
     try:
         source = str(path) if local else shown
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
-        with _quiet_in_logs():
+        with quiet_in_logs():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=wanted,
@@ -260,7 +260,7 @@ def load_target(
 
 
 @contextmanager
-def _quiet_in_logs() -> Iterator[None]:
+def quiet_in_logs() -> Iterator[None]:
     """Without transformers' progress bars where the errors' stream is no terminal: they would stand between errors."""
     from transformers.utils import logging
 

@@ -13,7 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
+
+from draftsmith.foundation import ranks
+
+Who = Literal["draft", "reference", "target"]
+What = Literal["trained", "judged", "written", "read"]
+WHO, WHAT, UNITS = get_args(Who), get_args(What), ("passes", "tokens")
 
 
 @dataclass
@@ -23,9 +29,9 @@ class Account:
     counts: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
     seconds: float = 0.0
 
-    def add(self, who: str, what: str, passes: int, tokens: int) -> None:
+    def add(self, who: Who, what: What, passes: int, tokens: int) -> None:
         """Count passes of so many tokens together."""
-        known = self.counts.setdefault(who, {}).setdefault(what, {"passes": 0, "tokens": 0})
+        known = self.counts.setdefault(who, {}).setdefault(what, dict.fromkeys(UNITS, 0))
         known["passes"] += passes
         known["tokens"] += tokens
 
@@ -33,7 +39,17 @@ class Account:
         """As it stands in `training.json`, under `cost`."""
         return {**self.counts, "seconds": round(self.seconds, 3)}
 
+    def over_ranks(self) -> dict[str, Any]:
+        """`to_row` with the counts of all ranks; the seconds are this rank's, for all wait for the slowest."""
+        cells = [(who, what, unit) for who in WHO for what in WHAT for unit in UNITS]
+        own = [float(self.counts.get(who, {}).get(what, {}).get(unit, 0)) for who, what, unit in cells]
+        whole = Account(seconds=self.seconds)
+        for (who, what, unit), count in zip(cells, ranks.sums(own), strict=True):
+            if count:
+                whole.counts.setdefault(who, {}).setdefault(what, dict.fromkeys(UNITS, 0))[unit] = int(count)
+        return whole.to_row()
+
     def resume(self, row: Mapping[str, Any]) -> None:
         """Go on from `to_row`."""
-        self.counts = {who: {what: dict(n) for what, n in kinds.items()} for who, kinds in row.items() if who != "seconds"}
+        self.counts = {who: {what: dict(n) for what, n in row[who].items()} for who in WHO if who in row}
         self.seconds = float(row.get("seconds", 0.0))

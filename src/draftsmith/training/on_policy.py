@@ -1,9 +1,9 @@
 """Training texts that the draft writes itself, read by the target (DistillSpec, 2310.08461: "on-policy", "mixed").
 
-A draft learns from its own mistakes only on texts that hold them. Each prompt keeps the answer that the draft last wrote
-to it (the replay buffer) until it is older than a number of optimiser steps; all answers of a step that are missing or
-too old are written in one batch. Which prompts of a step get the draft's answer and which the stored one, and every
-token drawn, is keyed by seed, step and prompt: a run that goes on from a saved buffer ends in the same weights.
+A draft learns from its own mistakes only on texts that hold them. Each prompt keeps the answer that the draft last
+wrote to it (the replay buffer) until it is older than a number of optimiser steps; all answers of a step that are
+missing or too old are written in one batch. Which prompts of a step get the draft's answer, and every token drawn, is
+keyed by seed, step and prompt: a run that goes on from a saved buffer ends in the same weights.
 """
 
 from __future__ import annotations
@@ -13,34 +13,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from draftsmith.data.features import PassOptions, StoredSample
 from draftsmith.data.online import OnlineSource
 from draftsmith.data.samples import Sample
 from draftsmith.drafters.standalone import Standalone, StandaloneState
-from draftsmith.foundation import seeding
-from draftsmith.foundation.options import Options
+from draftsmith.foundation import ranks, seeding
+from draftsmith.foundation.errors import UserError
 from draftsmith.target import sampling
 from draftsmith.target.model import HFTarget
 from draftsmith.target.protocol import FeatureSpec, Rows, TargetOut, TargetSpec
 from draftsmith.target.sampling import Sampling
 from draftsmith.training.account import Account
 from draftsmith.training.objectives.base import SampleSource
-
-
-class OnPolicyOptions(Options):
-    """Which of a draft's training texts it writes itself."""
-
-    share: float = Field(
-        default=0.0, ge=0, le=1, description="of the texts: 0 stored answers, 1 its own (on-policy), between them mixed"
-    )
-    temperature: float = Field(default=1.0, ge=0, description="at which it writes")
-    max_new_tokens: int = Field(default=128, ge=1, description="of an answer")
-    replay_steps: int = Field(
-        default=50, ge=1, description="optimiser steps for which an answer is used again before the draft writes anew"
-    )
+from draftsmith.training.options import OnPolicyOptions
 
 
 @dataclass
@@ -60,6 +47,9 @@ class OnPolicySource:
         draft: the module under training: its weights at the time of a fetch write the answers.
         target: reads them.
         account: is told what writing and reading cost.
+
+    Raises:
+        UserError: several processes train: each would write answers of its own.
     """
 
     def __init__(
@@ -72,6 +62,11 @@ class OnPolicySource:
         seed: int,
         account: Account,
     ) -> None:
+        if options.share and ranks.world() > 1:
+            raise UserError(
+                "on_policy.share: texts that the draft writes itself are for training in one process in this version; "
+                "set it to 0, or train without torchrun"
+            )
         self._stored, self._draft, self._target = stored, draft, target
         self._options, self._passes, self._seed, self._account = options, passes, seed, account
         self._places = {name: i for i, name in enumerate(stored.ids)}
@@ -102,20 +97,21 @@ class OnPolicySource:
         found |= {sample.id: sample for sample in self._stored.fetch(rest, step)}
         return [found[name] for name in ids]
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The buffer, to be saved with a checkpoint: tensors, and what else there is."""
+    def state(self) -> dict[str, Tensor]:
+        """The buffer, to be saved with a checkpoint."""
         rows = [[self._places[name], a.step, int(a.complete), len(a.token_ids)] for name, a in self._written.items()]
         tokens = [token for a in self._written.values() for token in a.token_ids]
         return {
-            "rows": torch.tensor(rows, dtype=torch.int64).reshape(-1, 4),
+            "answers": torch.tensor(rows, dtype=torch.int64).reshape(-1, 4),
             "tokens": torch.tensor(tokens, dtype=torch.int64),
-        }, {}
+        }
 
-    def resume(self, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> None:
-        """Go on from a saved buffer."""
+    def resume(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a saved buffer; an empty one where none was saved."""
         self._written = {}
         names, start = list(self.ids), 0
-        for place, step, complete, length in tensors["rows"].tolist():
+        rows = tensors["answers"].tolist() if "answers" in tensors else []
+        for place, step, complete, length in rows:
             tokens = tensors["tokens"][start : start + length].tolist()
             self._written[names[place]] = _Answer(tokens, bool(complete), step)
             start += length
@@ -146,9 +142,7 @@ class OnPolicySource:
         if not prompts:
             return
         writer = _Writer(self._draft, self._target.spec)
-        how = Sampling(
-            temperature=self._options.temperature, seed=seeding.key("on-policy", self._seed, step) % 2**31
-        )
+        how = Sampling(temperature=self._options.temperature, seed=seeding.key("on-policy", self._seed, step) % 2**31)
         asked = list(prompts)
         events: Iterable[Any] = sampling.write(
             writer, [prompts[name] for name in asked], asked, how, self._options.max_new_tokens

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
+import torch
 from pydantic import Field, field_validator, model_validator
 
 from draftsmith.foundation.errors import UserError
@@ -14,6 +16,19 @@ from draftsmith.numerics import losses
 from draftsmith.selection.tokens import WeightOptions
 
 LENGTHS = ("steps", "seconds", "epochs")
+
+
+class OnPolicyOptions(Options):
+    """Which of a draft's training texts it writes itself."""
+
+    share: float = Field(
+        default=0.0, ge=0, le=1, description="of the texts: 0 stored answers, 1 its own (on-policy), between them mixed"
+    )
+    temperature: float = Field(default=1.0, ge=0, description="at which it writes")
+    max_new_tokens: int = Field(default=128, ge=1, description="of an answer")
+    replay_steps: int = Field(
+        default=50, ge=1, description="optimiser steps for which an answer is used again before the draft writes anew"
+    )
 
 
 class TrainOptions(Options):
@@ -45,8 +60,16 @@ class TrainOptions(Options):
     )
     loss: str = Field(default="forward-kl", description="divergence from the target's distribution")
     weights: WeightOptions = Field(default=WeightOptions(), description="how much each row of a loss counts")
-    reference: Path | None = Field(
-        default=None, description="folder of a trained drafter of the same kind, for weights that compare with it"
+    judge: str | None = Field(
+        default=None, description="divergence that weights compare with a reference's; default: the trained one"
+    )
+    reference: Literal["trained", "ema"] | Path | None = Field(
+        default=None,
+        description="for weights that compare losses with another drafter's: the folder of a trained one of the same "
+        "kind; trained: one that is trained first, plainly, from the same start; ema: the averaged weights (train.ema)",
+    )
+    on_policy: OnPolicyOptions = Field(
+        default=OnPolicyOptions(), description="texts that a standalone draft writes itself"
     )
     row_length: int = Field(default=512, ge=16, description="positions of a packed row")
     batch_positions: int = Field(default=2048, ge=16, description="positions of a step, over all ranks and parts")
@@ -67,11 +90,11 @@ class TrainOptions(Options):
     )
     seed: int = 0
 
-    @field_validator("loss")
+    @field_validator("loss", "judge")
     @classmethod
-    def _known(cls, loss: str) -> str:
+    def _known(cls, loss: str | None) -> str | None:
         try:
-            losses.by_name(loss)
+            losses.by_name(loss or "forward-kl")
         except UserError as problem:
             raise ValueError(str(problem)) from None
         return loss
@@ -85,7 +108,16 @@ class TrainOptions(Options):
             raise ValueError(
                 f"only one of steps, seconds and epochs can be given; set the others to null (train.{given[-1]}=null)"
             )
+        if self.reference == "ema" and not self.ema:
+            raise ValueError(
+                "reference is ema, and ema is 0: say how slowly the averaged weights follow (train.ema=0.99)"
+            )
         return self
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Matrix products in a number format while the block runs; weights stay as they are."""
+    return nullcontext() if precision == "float32" else torch.autocast(device.type, torch.bfloat16)
 
 
 def learning_rate(step: int, steps: int, options: TrainOptions) -> float:

@@ -6,26 +6,88 @@ What is stored of a token is what token weights compare: the trained divergence,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from draftsmith.data.features import StoredSample, plan
-from draftsmith.foundation import artefacts, console
+from draftsmith.drafters import checkpoint
+from draftsmith.foundation import artefacts, console, ranks
+from draftsmith.foundation.errors import UserError
+from draftsmith.selection.tokens import WeightOptions
 from draftsmith.training.account import Account
 from draftsmith.training.batches import REFERENCE
-from draftsmith.training.objectives.base import Objective, SampleSource, StepLosses
+from draftsmith.training.dev import Dev
+from draftsmith.training.objectives.base import Objective, SampleSource, compared
 from draftsmith.training.options import TrainOptions, autocast
+from draftsmith.training.trainer import train
 
 KIND = "reference-losses"
 
 
-def compared(term: StepLosses) -> Tensor:
-    """`[N]`: the loss of a term that token weights compare with another drafter's."""
-    return term.values if term.facts.judged is None else term.facts.judged
+def trained(
+    fresh: Callable[[], nn.Module],
+    load: Callable[[Path], nn.Module],
+    objective_of: Callable[[Any, TrainOptions], Objective],
+    source: SampleSource,
+    kept: Sequence[str],
+    dev: Dev,
+    options: TrainOptions,
+    folder: Path,
+    meta: Mapping[str, object],
+) -> tuple[WithReference, dict[str, object]]:
+    """Train a reference and store its losses, each an artefact of its own; what is there already is not made again.
+
+    It begins as the drafter does and is trained as long, on the same samples in the same order, by the divergence that
+    judges and without token weights.
+
+    Args:
+        fresh: makes the untrained drafter; load: a trained one from its artefact, in float32.
+        objective_of: the objective of a drafter under options.
+        options: of the training that the reference is for.
+        folder: gets `reference`, `reference-losses` and `reference.jsonl`.
+        meta: what identifies the inputs.
+
+    Returns:
+        The source with the losses, and what the reference cost.
+    """
+    plain = options.model_copy(
+        update={
+            "weights": WeightOptions(),
+            "reference": None,
+            "loss": options.judge or options.loss,
+            "judge": None,
+        }
+    )
+    place, losses = folder / "reference", folder / "reference-losses"
+    own: dict[str, object] = {**meta, "role": "reference"}
+    if not _there(place, checkpoint.KIND, {**own, "train": plain.model_dump(mode="json")}):
+        console.say("first a reference: the same drafter, trained plainly")
+        drafter = fresh()
+        train(drafter, objective_of(drafter, plain), source, kept, dev, plain, place, folder / "reference.jsonl", own)
+    known = {"reference": artefacts.checksum(place)}
+    if not _there(losses, KIND, known):
+        reference = load(place)
+        device = next(reference.parameters()).device
+        store_losses(objective_of(reference, plain), source, kept, plain, losses, known, device)
+    cost = {
+        "reference": artefacts.read_json(place / "training.json")["cost"],
+        "reference_losses": artefacts.read_json(losses / "cost.json"),
+    }
+    return WithReference(source, losses, known), cost
+
+
+def _there(folder: Path, kind: str, expect: Mapping[str, object]) -> bool:
+    """Whether there is a whole artefact of the same inputs and options."""
+    try:
+        artefacts.opened(folder, kind, expect)
+    except UserError:
+        return False
+    return True
 
 
 @torch.no_grad()
@@ -37,11 +99,11 @@ def store_losses(
     out: Path,
     meta: Mapping[str, object],
     device: torch.device,
-    account: Account,
 ) -> Path:
     """Store the losses of a reference on samples `kept` as the artefact `out` (kind "reference-losses").
 
-    For each sample and unrolled step `[T]` float32, at the positions where the loss is taught, 0 elsewhere. Batches are
+    What is compared (`objectives.base.compared`) is the trained divergence, or the one that judges. For each sample and
+    unrolled step `[T]` float32, at the positions where the loss is taught, 0 elsewhere. Batches are
     planned before the first; an interrupted pass goes on with the next one.
 
     Args:
@@ -53,19 +115,25 @@ def store_losses(
     taught = [name for name in kept if reference.teaches(source.outline(name))]
     identity = {**meta, "samples": len(taught), "precision": options.precision}
     batches = plan([lengths[name] for name in taught], options.batch_positions)
-    with artefacts.writing(out, KIND, identity, resume=True) as scratch:
-        index = []
-        with console.progress("losses of the reference", len(taught), "samples") as bar:
-            for number, batch in enumerate(batches):
-                names = [taught[i] for i in batch]
-                path = scratch / f"shard-{number:05d}.safetensors"
+    with artefacts.writing(out, KIND, identity, resume=True, together=True) as scratch:
+        shards = [(batch, scratch / f"shard-{number:05d}.safetensors") for number, batch in enumerate(batches)]
+        own = ranks.share(shards)
+        with console.progress("losses of the reference", sum(len(batch) for batch, _ in own), "samples") as bar:
+            for batch, path in own:
                 if not path.is_file():
-                    samples = source.fetch(names, 0)
+                    samples = source.fetch([taught[i] for i in batch], 0)
                     artefacts.save_tensors(path, _losses(reference, samples, options, device))
-                    account.add("reference", "judged", passes=1, tokens=sum(len(s.ids) for s in samples))
-                index += [{"id": name, "shard": number, "place": place} for place, name in enumerate(names)]
-                bar.advance(len(names))
-        artefacts.write_jsonl(scratch / "index.jsonl", index)
+                bar.advance(len(batch))
+        if ranks.rank() == 0:
+            index = (
+                {"id": taught[i], "shard": number, "place": place}
+                for number, batch in enumerate(batches)
+                for place, i in enumerate(batch)
+            )
+            artefacts.write_jsonl(scratch / "index.jsonl", index)
+            account = Account()
+            account.add("reference", "judged", passes=len(batches), tokens=sum(lengths[name] for name in taught))
+            artefacts.write_json(scratch / "cost.json", account.to_row())
     return out
 
 

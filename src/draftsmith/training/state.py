@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ class Progress:
         best: largest acceptance length on dev so far; best_step: where; best_weights: by parameter name.
         since_best: evaluations since then.
         thresholds: running thresholds of the token weights, by unrolled step.
+        source: what a source of samples that change goes on from (`Changing`).
+        cost: what was spent so far (`Account`).
     """
 
     step: int = 0
@@ -32,6 +35,8 @@ class Progress:
     since_best: int = 0
     best_weights: dict[str, Tensor] = field(default_factory=dict)
     thresholds: dict[int, float] = field(default_factory=dict)
+    source: dict[str, Tensor] = field(default_factory=dict)
+    cost: dict[str, Any] = field(default_factory=dict)
 
 
 def save(
@@ -42,7 +47,7 @@ def save(
     progress: Progress,
 ) -> None:
     """Write a run's state as one file, atomically."""
-    tensors: dict[str, Tensor] = {}
+    tensors = {f"source.{name}": tensor for name, tensor in progress.source.items()}
     for name, parameter in parameters.items():
         tensors[f"weight.{name}"] = parameter
         if progress.best_weights:
@@ -59,6 +64,7 @@ def save(
         "best": repr(progress.best),
         "since_best": str(progress.since_best),
         "thresholds": json.dumps(progress.thresholds),
+        "cost": json.dumps(progress.cost),
     }
     artefacts.save_tensors(path, tensors, metadata)
 
@@ -81,6 +87,8 @@ def restore(
         int(metadata["best_step"]),
         int(metadata["since_best"]),
         thresholds={int(step): value for step, value in json.loads(metadata["thresholds"]).items()},
+        source={name.removeprefix("source."): t for name, t in tensors.items() if name.startswith("source.")},
+        cost=json.loads(metadata["cost"]),
     )
     for name, parameter in parameters.items():
         parameter.copy_(tensors[f"weight.{name}"])

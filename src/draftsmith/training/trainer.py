@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -28,10 +28,11 @@ from draftsmith.drafters.checkpoint import Saved
 from draftsmith.foundation import artefacts, console, ranks
 from draftsmith.foundation.errors import UserError
 from draftsmith.training import state
+from draftsmith.training.account import Account
 from draftsmith.training.batches import epoch_plan
 from draftsmith.training.dev import Dev, acceptance_length
-from draftsmith.training.objectives.base import Objective, SampleSource, StepLosses
-from draftsmith.training.options import TrainOptions, learning_rate
+from draftsmith.training.objectives.base import Changing, Objective, SampleSource, StepLosses, compared
+from draftsmith.training.options import TrainOptions, autocast, learning_rate
 from draftsmith.training.trackers import Log
 
 PROBE_STEPS = 3
@@ -54,6 +55,8 @@ def train(
     *,
     reference: Objective | None = None,
     track: Log | None = None,
+    account: Account | None = None,
+    before: Mapping[str, object] | None = None,
 ) -> dict[str, Any]:
     """Train a drafter on the source's samples `kept` and write the best checkpoint as the artefact `out` ("drafter").
 
@@ -64,6 +67,8 @@ def train(
         meta: what identifies inputs; the options are added.
         reference: the same objective with a frozen drafter, for token weights that compare losses with its own.
         track: is told the log's rows, too.
+        account: is told what training costs; the source may tell it, too.
+        before: what was spent before this training for its sake (a reference), for `training.json`.
 
     Returns:
         The summary that is also in the artefact, as `training.json`.
@@ -76,14 +81,16 @@ def train(
     identity = {**meta, **described, "train": options.model_dump(mode="json")}
     with artefacts.writing(out, checkpoint.KIND, identity, resume=True, together=True) as scratch:
         work = scratch / artefacts.WORK
-        run = _Training(drafter, objective, source, kept, dev, options, work / STATE, log, reference, track)
+        account = account or Account()
+        run = _Training(drafter, objective, source, kept, dev, options, work / STATE, log, reference, track, account)
         length = work / "steps.json"
         known = int(ranks.first(artefacts.read_json(length) if length.is_file() else 0))
         steps = known or run.planned()
         if not known and ranks.rank() == 0:
             artefacts.write_json(length, steps)
         done = run.run(steps)
-        summary = {"steps": steps, "best_step": done.best_step, "dev_acceptance_length": done.best}
+        summary: dict[str, Any] = {"steps": steps, "best_step": done.best_step, "dev_acceptance_length": done.best}
+        summary["cost"] = {**account.over_ranks(), **({"before": dict(before)} if before else {})}
         if ranks.rank() == 0:
             checkpoint.write(cast(Saved, drafter), scratch, done.best_weights)
             artefacts.write_json(scratch / "training.json", summary)
@@ -119,9 +126,12 @@ class _Training:
         log: Path,
         reference: Objective | None,
         track: Log | None,
+        account: Account,
     ) -> None:
         self.drafter, self.objective, self.source, self.dev, self.options = drafter, objective, source, dev, options
-        self.saved, self.log, self.reference, self.track = saved, log, reference, track
+        self.saved, self.log, self.track, self.account = saved, log, track, account
+        # an average of the weights judges by the objective that they are trained by
+        self.reference = objective if options.reference == "ema" else reference
         self.kept = [i for i in kept if objective.teaches(source.outline(i))]
         if not self.kept:
             raise UserError(
@@ -160,7 +170,9 @@ class _Training:
 
     def fetched(self, rows: Sequence[Sequence[int]], step: int) -> list[Any]:
         own = [[self.kept[i] for i in row] for row in ranks.share(rows)]
+        started = time.perf_counter()
         samples = iter(self.source.fetch([i for row in own for i in row], step))
+        self.account.seconds += time.perf_counter() - started
         filled = [[next(samples) for _ in row] for row in own]
         parts = [filled[n :: self.options.accumulation] for n in range(self.options.accumulation)]
         return [self.objective.collate(part, self.device) for part in parts if part]
@@ -188,6 +200,7 @@ class _Training:
                     key = (term.name, term.step)
                     sums[key] = sums.get(key, torch.zeros_like(loss)) + term.values.detach().sum()
             loss.backward()
+            self.account.add("draft", "trained", passes=1, tokens=part.positions)
         ranks.sum_gradients(self.parameters.values())
         if o.clip_by == "norm":
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), o.clip)
@@ -206,10 +219,24 @@ class _Training:
         if self.reference is None:
             yield from self.objective.losses(part, draw)
             return
-        with torch.no_grad():
-            known = [term.values for term in self.reference.losses(part, draw)]
+        with torch.no_grad(), self._averaged():
+            known = [compared(term) for term in self.reference.losses(part, draw)]
+        self.account.add("reference", "judged", passes=1, tokens=part.positions)
         for term, values in zip(self.objective.losses(part, draw), known, strict=True):
             yield replace(term, facts=replace(term.facts, reference_losses=values))
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights in the trained ones' place, where they are the reference."""
+        pairs = [] if self.options.reference != "ema" else [(self.parameters[n], t) for n, t in self._weights().items()]
+        kept = [parameter.data for parameter, _ in pairs]
+        try:
+            for parameter, average in pairs:
+                parameter.data = average.data
+            yield
+        finally:
+            for (parameter, _), data in zip(pairs, kept, strict=True):
+                parameter.data = data
 
     def _counts(self, parts: Sequence[Any]) -> list[float]:
         """Rows at each unrolled step, over all ranks and parts."""
@@ -233,6 +260,9 @@ class _Training:
                 break
         self.optimiser.state.clear()
         self.weights = self.options.weights.build()
+        self.account.resume({})
+        if isinstance(self.source, Changing):
+            self.source.resume({})
         started = time.perf_counter()
         self.evaluate()
         return min(times[1:] or times), time.perf_counter() - started
@@ -249,9 +279,12 @@ class _Training:
             for step, parts in zip(range(first, steps), self.batches(first), strict=False):
                 begun = time.perf_counter()
                 rate = learning_rate(step, steps, self.options)
+                if hasattr(self.weights, "progress"):
+                    self.weights.progress = step / steps
                 losses = self.step(parts, step, rate)
                 self.progress.step = step + 1
                 seconds = time.perf_counter() - begun
+                self.account.seconds += seconds
                 by_step = next(iter(losses.values()), [math.nan])
                 speed = sum(ranks.sums([part.positions for part in parts], self.options.accumulation)) / seconds
                 self._log(
@@ -340,14 +373,15 @@ class _Training:
         return self.average if self.average is not None else self.parameters
 
     def _precision(self) -> AbstractContextManager[Any]:
-        if self.options.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return autocast(self.options.precision, self.device)
 
     def _save(self, rows: Sequence[dict[str, Any]]) -> None:
         if ranks.rank() > 0:
             return
         self.progress.thresholds = getattr(self.weights, "thresholds", {})
+        self.progress.cost = self.account.to_row()
+        if isinstance(self.source, Changing):
+            self.progress.source = self.source.state()
         artefacts.write_jsonl(self.log, rows)
         state.save(self.saved, self.parameters, self.average, self.optimiser, self.progress)
 
@@ -356,6 +390,9 @@ class _Training:
         if self.progress.thresholds:
             cast(Any, self.weights).thresholds = dict(self.progress.thresholds)
         if self.progress.step:
+            self.account.resume(self.progress.cost)
+            if isinstance(self.source, Changing):
+                self.source.resume(self.progress.source)
             console.say(f"going on from step {self.progress.step}")
         return self.progress.step
 

@@ -11,9 +11,9 @@ distribution is the teacher, a stored loss of a reference is `statistics["refere
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -40,6 +40,11 @@ class StepLosses:
     weight: float
     values: Tensor
     facts: RowFacts
+
+
+def compared(term: StepLosses) -> Tensor:
+    """`[N]`: the loss of a term that token weights compare with another drafter's."""
+    return term.values if term.facts.judged is None else term.facts.judged
 
 
 class Batch(Protocol):
@@ -75,6 +80,17 @@ class Objective(Protocol):
 
     def losses(self, batch: Any, draw: Sequence[int | str]) -> Iterator[StepLosses]:
         """The batch's terms. `draw` keys whatever is random (feature noise): the seed and the optimiser step."""
+        ...
+
+
+@runtime_checkable
+class Changing(Protocol):
+    """A source of samples that change as training goes on: it is saved with a checkpoint and goes on from it."""
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def resume(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a saved state; from the start where there is none."""
         ...
 
 

@@ -60,6 +60,7 @@ class Taught:
             flatness=flatness,
             reference_losses=None if reference is None else reference[self._row, self._place],
             survival=None if survival is None else survival[self._row, self._start],
+            places=self.batch.unroll.positions[self._row, self._place],
         )
 
     def survived(self, survival: Tensor) -> None:
