@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST = "manifest.json"
 PROVENANCE = "provenance.json"
+MEASURED = "measured.json"  # seconds and the like: they differ from run to run, so they are no content
 WORK = "work"
 _PLAN = "plan.json"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -339,7 +340,7 @@ def _an(noun: str) -> str:
 
 def _names(folder: Path) -> list[str]:
     paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in paths if name not in (MANIFEST, PROVENANCE) and not name.startswith(f"{WORK}/"))
+    return sorted(name for name in paths if name not in (MANIFEST, PROVENANCE, MEASURED) and not name.startswith(f"{WORK}/"))
 
 
 def _file_entry(path: Path) -> dict[str, object]:

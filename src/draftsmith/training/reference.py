@@ -6,6 +6,7 @@ What is stored of a token is what token weights compare: the trained divergence,
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from draftsmith.drafters import checkpoint
 from draftsmith.foundation import artefacts, console, ranks
 from draftsmith.foundation.errors import UserError
 from draftsmith.selection.tokens import WeightOptions
-from draftsmith.training.account import Account
+from draftsmith.training.account import Account, Before
 from draftsmith.training.batches import REFERENCE
 from draftsmith.training.dev import Dev
 from draftsmith.training.objectives.base import Objective, SampleSource, compared
@@ -39,7 +40,7 @@ def trained(
     options: TrainOptions,
     folder: Path,
     meta: Mapping[str, object],
-) -> tuple[WithReference, dict[str, object]]:
+) -> tuple[WithReference, Before]:
     """Train a reference and store its losses, each an artefact of its own; what is there already is not made again.
 
     It begins as the drafter does and is trained as long, on the same samples in the same order, by the divergence that
@@ -74,11 +75,13 @@ def trained(
         reference = load(place)
         device = next(reference.parameters()).device
         store_losses(objective_of(reference, plain), source, kept, plain, losses, known, device)
-    cost = {
+    counts = {
         "reference": artefacts.read_json(place / "training.json")["cost"],
-        "reference_losses": artefacts.read_json(losses / "cost.json"),
+        "reference losses": artefacts.read_json(losses / "cost.json"),
     }
-    return WithReference(source, losses, known), cost
+    folders = zip(counts, (place, losses), strict=True)
+    seconds = {name: float(artefacts.read_json(made / artefacts.MEASURED)["seconds"]) for name, made in folders}
+    return WithReference(source, losses, known), Before(counts, seconds)
 
 
 def _there(folder: Path, kind: str, expect: Mapping[str, object]) -> bool:
@@ -115,6 +118,7 @@ def store_losses(
     taught = [name for name in kept if reference.teaches(source.outline(name))]
     identity = {**meta, "samples": len(taught), "precision": options.precision}
     batches = plan([lengths[name] for name in taught], options.batch_positions)
+    started = time.perf_counter()
     with artefacts.writing(out, KIND, identity, resume=True, together=True) as scratch:
         shards = [(batch, scratch / f"shard-{number:05d}.safetensors") for number, batch in enumerate(batches)]
         own = ranks.share(shards)
@@ -133,7 +137,8 @@ def store_losses(
             artefacts.write_jsonl(scratch / "index.jsonl", index)
             account = Account()
             account.add("reference", "judged", passes=len(batches), tokens=sum(lengths[name] for name in taught))
-            artefacts.write_json(scratch / "cost.json", account.to_row())
+            artefacts.write_json(scratch / "cost.json", account.counts)
+            artefacts.write_json(scratch / artefacts.MEASURED, {"seconds": round(time.perf_counter() - started, 3)})
     return out
 
 

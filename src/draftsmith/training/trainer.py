@@ -28,7 +28,7 @@ from draftsmith.drafters.checkpoint import Saved
 from draftsmith.foundation import artefacts, console, ranks
 from draftsmith.foundation.errors import UserError
 from draftsmith.training import state
-from draftsmith.training.account import Account
+from draftsmith.training.account import Account, Before
 from draftsmith.training.batches import epoch_plan
 from draftsmith.training.dev import Dev, acceptance_length
 from draftsmith.training.objectives.base import Changing, Objective, SampleSource, StepLosses, compared
@@ -56,7 +56,7 @@ def train(
     reference: Objective | None = None,
     track: Log | None = None,
     account: Account | None = None,
-    before: Mapping[str, object] | None = None,
+    before: Before | None = None,
 ) -> dict[str, Any]:
     """Train a drafter on the source's samples `kept` and write the best checkpoint as the artefact `out` ("drafter").
 
@@ -68,7 +68,7 @@ def train(
         reference: the same objective with a frozen drafter, for token weights that compare losses with its own.
         track: is told the log's rows, too.
         account: is told what training costs; the source may tell it, too.
-        before: what was spent before this training for its sake (a reference), for `training.json`.
+        before: what was spent before this training for its sake (a reference).
 
     Returns:
         The summary that is also in the artefact, as `training.json`.
@@ -90,10 +90,12 @@ def train(
             artefacts.write_json(length, steps)
         done = run.run(steps)
         summary: dict[str, Any] = {"steps": steps, "best_step": done.best_step, "dev_acceptance_length": done.best}
-        summary["cost"] = {**account.over_ranks(), **({"before": dict(before)} if before else {})}
+        summary["cost"] = {**account.over_ranks(), **({"before": dict(before.counts)} if before else {})}
         if ranks.rank() == 0:
             checkpoint.write(cast(Saved, drafter), scratch, done.best_weights)
             artefacts.write_json(scratch / "training.json", summary)
+            measured = {"seconds": round(account.seconds, 3), "before": dict(before.seconds) if before else {}}
+            artefacts.write_json(scratch / artefacts.MEASURED, measured)
     return summary
 
 

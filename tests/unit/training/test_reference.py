@@ -19,6 +19,7 @@ from draftsmith.foundation import artefacts
 from draftsmith.foundation.errors import StaleError
 from draftsmith.numerics.losses import by_name, forward_kl
 from draftsmith.training import reference, trainer
+from draftsmith.training.account import Before
 from draftsmith.training.dev import Dev
 from draftsmith.training.objectives.base import Objective
 from draftsmith.training.objectives.distillation import DistillationObjective
@@ -121,10 +122,13 @@ def test_stored_losses_train_the_same_weights_as_a_reference_at_every_step(store
     online, offline, plain = (tiny_draft("llama", 2) for _ in range(3))
     cost = run(store, online, tmp_path / "online", o, reference=judge)["cost"]
     assert cost["reference"]["judged"]["tokens"] == cost["draft"]["trained"]["tokens"] > 0
-    before = {"reference": {"seconds": 1.0}}
+    before = Before({"reference": {"draft": {}}}, {"reference": 1.5})
     cost = run(WithReference(store, tmp_path / "losses"), offline, tmp_path / "offline", o, before=before)["cost"]
     assert "reference" not in cost
-    assert cost["before"] == before
+    assert cost["before"] == before.counts
+    measured = artefacts.read_json(tmp_path / "offline" / "d" / artefacts.MEASURED)
+    assert measured["before"] == {"reference": 1.5}
+    assert 0 < measured["seconds"] < 60
     run(store, plain, tmp_path / "plain", EXACT)
     for one, two, three in zip(online.parameters(), offline.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
@@ -207,10 +211,11 @@ def test_a_reference_is_trained_plainly_once_and_charged(store: FeatureStore, tm
     again, twice = reference.trained(fresh, load, objective_of, store, names, dev, o, tmp_path, {"of": "x"})
     assert len(made) == 1
     assert twice == cost
+    assert min(cost.seconds.values()) > 0
     assert again.fetch(names[:1], 0)[0].statistics.keys() == source.fetch(names[:1], 0)[0].statistics.keys()
     taught = sum(len(s.ids) for s in store if bool(s.answer_rows.any()))
-    trained = cost["reference"]["draft"]["trained"]  # type: ignore[index]
+    trained = cost.counts["reference"]["draft"]["trained"]  # type: ignore[index]
     assert trained["passes"] == 4
-    assert cost["reference_losses"]["reference"]["judged"]["tokens"] == taught  # type: ignore[index]
+    assert cost.counts["reference losses"]["reference"]["judged"]["tokens"] == taught  # type: ignore[index]
     reference.trained(fresh, load, objective_of, store, names, dev, o, tmp_path, {"of": "y"})
     assert len(made) == 2
