@@ -349,7 +349,7 @@ def training_of(run: Run, vocab: VocabMap) -> Training:
     dev = _dev(run, source, o.deploy.growth if o.deploy else o.growth)
     head = algorithms.fresh_head(o.drafter.kind, run.target, vocab, o.drafter.layers, o.train.seed)
     reference = None
-    if o.train.reference is not None:
+    if isinstance(o.train.reference, Path):
         teaching = load_drafter(o.train.reference, run.target, torch.float32)
         if not isinstance(teaching, Head) or teaching.KIND != head.KIND:
             raise UserError(f"train.reference: {o.train.reference} is no {head.LABEL}, which is what is trained")

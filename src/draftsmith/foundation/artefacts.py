@@ -340,7 +340,9 @@ def _an(noun: str) -> str:
 
 def _names(folder: Path) -> list[str]:
     paths = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in paths if name not in (MANIFEST, PROVENANCE, MEASURED) and not name.startswith(f"{WORK}/"))
+    return sorted(
+        name for name in paths if name not in (MANIFEST, PROVENANCE, MEASURED) and not name.startswith(f"{WORK}/")
+    )
 
 
 def _file_entry(path: Path) -> dict[str, object]:

@@ -81,7 +81,6 @@ def train(
     identity = {**meta, **described, "train": options.model_dump(mode="json")}
     with artefacts.writing(out, checkpoint.KIND, identity, resume=True, together=True) as scratch:
         work = scratch / artefacts.WORK
-        account = account or Account()
         run = _Training(drafter, objective, source, kept, dev, options, work / STATE, log, reference, track, account)
         length = work / "steps.json"
         known = int(ranks.first(artefacts.read_json(length) if length.is_file() else 0))
@@ -90,11 +89,11 @@ def train(
             artefacts.write_json(length, steps)
         done = run.run(steps)
         summary: dict[str, Any] = {"steps": steps, "best_step": done.best_step, "dev_acceptance_length": done.best}
-        summary["cost"] = {**account.over_ranks(), **({"before": dict(before.counts)} if before else {})}
+        summary["cost"] = {**run.account.over_ranks(), **({"before": dict(before.counts)} if before else {})}
         if ranks.rank() == 0:
             checkpoint.write(cast(Saved, drafter), scratch, done.best_weights)
             artefacts.write_json(scratch / "training.json", summary)
-            measured = {"seconds": round(account.seconds, 3), "before": dict(before.seconds) if before else {}}
+            measured = {"seconds": round(run.account.seconds, 3), "before": dict(before.seconds) if before else {}}
             artefacts.write_json(scratch / artefacts.MEASURED, measured)
     return summary
 
@@ -128,10 +127,10 @@ class _Training:
         log: Path,
         reference: Objective | None,
         track: Log | None,
-        account: Account,
+        account: Account | None = None,
     ) -> None:
         self.drafter, self.objective, self.source, self.dev, self.options = drafter, objective, source, dev, options
-        self.saved, self.log, self.track, self.account = saved, log, track, account
+        self.saved, self.log, self.track, self.account = saved, log, track, account or Account()
         # an average of the weights judges by the objective that they are trained by
         self.reference = objective if options.reference == "ema" else reference
         self.kept = [i for i in kept if objective.teaches(source.outline(i))]

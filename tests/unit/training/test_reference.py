@@ -37,7 +37,8 @@ SELECTED = {"name": "delta-loss", "fraction": 0.5, "scope": "sample"}
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
-    return stored([*answered(6, 12), *random_samples(4, seed=2)], tmp_path_factory.mktemp("reference"))
+    several = [replace(sample, id=f"turns-{sample.id}") for sample in random_samples(4, seed=2)]
+    return stored([*answered(6, 12), *several], tmp_path_factory.mktemp("reference"))
 
 
 def weight() -> Tensor:
