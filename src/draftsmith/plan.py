@@ -220,7 +220,7 @@ def _kept_lengths(run: Run) -> list[int]:
         store = FeatureStore(run.path("score"), checksums=False)
         lengths = dict(zip(store.ids, store.lengths, strict=True))
         return [lengths[i] for i in stages.read_selection(run).kept]
-    samples = o.data.train * (1 if o.data.path else len(o.data.sets))
+    samples = sum(train for train, _, _ in o.data.counts().values())
     kept = o.select.ratio or (1.0 if o.select.method == "full" else 0.5)
     return [PROMPT_TOKENS + int(o.regenerate.max_new_tokens * ANSWER_SHARE)] * max(1, int(samples * kept))
 

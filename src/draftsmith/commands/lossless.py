@@ -7,10 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from draftsmith import api
-from draftsmith.commands.bench import composition, named_paths, numbers
+from draftsmith.commands.bench import composed, numbers
 from draftsmith.data.benchmarks import load_benchmark
 from draftsmith.data.conversations import Conversation
 from draftsmith.data.prompts import make_prompts
+from draftsmith.decoding.stored import pairs
 from draftsmith.evaluation import lossless
 from draftsmith.evaluation.lossless import Compared, Group, Prompt
 from draftsmith.foundation import artefacts, console, provenance
@@ -37,9 +38,9 @@ def verify(
     Raises:
         UserError: a target, drafter or prompt file that is not there, or temperatures that are no numbers.
     """
-    paths = named_paths(drafters)
+    paths = pairs(drafters)
     loaded = load_target(target or api.target_of(paths.values()), dtype, device)
-    compositions = {name: composition(loaded, name, path) for name, path in paths.items()}
+    compositions = composed(loaded, paths, ())
     asked = questions(loaded, prompts, count, seed)
     heats = numbers(temperatures) or [0.0]
     total = len(asked) * len(heats) * (1 + len(compositions))

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith import api
-from draftsmith.commands.bench import composition, named_paths
+from draftsmith.commands.bench import composed
 from draftsmith.decoding import profile as measuring
 from draftsmith.decoding.composition import Single
 from draftsmith.decoding.profile import Grid
+from draftsmith.decoding.stored import pairs
 from draftsmith.drafters.base import Drafter
 from draftsmith.foundation import artefacts, console, provenance
 from draftsmith.foundation.errors import UserError
@@ -33,13 +34,12 @@ def profile(
     Raises:
         UserError: a target or drafter that is not there, or numbers that are none.
     """
-    paths = named_paths(drafters)
+    paths = pairs(drafters)
     grid = Grid(whole(batches, "--batch"), whole(contexts, "--context"))
     name = target or api.target_of(paths.values())
     loaded = load_target(name, dtype, device)
     members: dict[str, Drafter] = {}
-    for called, path in paths.items():
-        made = composition(loaded, called, path)
+    for called, made in composed(loaded, paths, ()).items():
         if not isinstance(made, Single):
             raise UserError(f"--drafters {called}: several drafters put together; profile each of them")
         members[called] = made.drafter
