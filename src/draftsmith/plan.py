@@ -184,13 +184,18 @@ def training(run: Run, probe: bool = False) -> TrainingPlan:
     return replace(found, step_seconds=step, seconds=whole)
 
 
-def check(run: Run, force: bool = False) -> None:
-    """Warn where training would need nearly all memory there is.
+def check(run: Run, force: bool = False, anew: bool = False) -> None:
+    """Warn where training would need nearly all memory there is; where it is done, only if it is to be done `anew`.
 
     Raises:
         UserError: it would need more than 1.3 times as much, and `force` is not said.
     """
-    needed, here = training(run).memory, memory_here()
+    try:
+        if run.status("train") == "done" and not anew:
+            return
+        needed, here = training(run).memory, memory_here()
+    except (UserError, ValueError):
+        return  # a damaged artefact or a wrong option: the stage that meets it says so, and knows whether it matters
     said = f"training would take {console.size(needed)} of memory, and there are {console.size(here)}"
     if needed > REFUSED * here and not force:
         raise UserError(f"{said}: {LESS_MEMORY}; --force tries it all the same")

@@ -41,7 +41,7 @@ def compositions(dial: float = 0.6) -> dict[str, Composition]:
     """Everybody who drafts here; the oracle's dial says how often it is right."""
     texts = [a.ids for a in stored_answers()]
     ngram = NgramDrafter(NgramOptions(guess=False), VocabMap.identity(VOCAB))
-    head = trained_head("greedy")
+    head = trained_head("eagle3", "greedy")
     return {
         "oracle-chain": Single(OracleDrafter(texts, dial), ChainGrowth(3)),
         "oracle-tree": Single(OracleDrafter(texts, dial), DynamicGrowth(15, 4, 4)),

@@ -64,6 +64,8 @@ def test_training_on_two_ranks_follows_one_process(runs: tuple[Path, Path, str])
         else:
             assert torch.equal(value, second[name])
     summaries = [artefacts.read_json(run / "drafter" / "training.json") for run in runs[:2]]
+    passes = [summary["cost"]["draft"]["trained"].pop("passes") for summary in summaries]
+    assert passes[1] == 2 * passes[0], "each rank makes a pass of its part"
     assert summaries[0] == summaries[1]
 
 

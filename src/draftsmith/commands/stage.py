@@ -52,8 +52,7 @@ def whole(
         show(run)
         return
     run.refuse_stale(STAGES, redo)
-    if run.status("train") != "done" or redo:
-        check(run, force)
+    check(run, force, anew=bool(redo))
     _write_recipe(run)
     run.run_all(redo)
     console.say(f"\nreport:  {folder / finish.REPORT}")
@@ -77,8 +76,8 @@ def one(
         show(run, stage)
         return
     run.require(stage, redo)
-    if stage == "train" and (redo or not run.made(stage)):
-        check(run, force)
+    if stage == "train":
+        check(run, force, anew=redo)
     _write_recipe(run)
     run.run(stage, redo)
 
