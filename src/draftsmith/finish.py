@@ -187,13 +187,14 @@ def speculative_tokens(run: Run, most: int) -> list[Chain]:
     """Chains of 0 to `most` tokens: acceptance by replay of the dev answers, costs of this engine on this machine."""
     target = run.target
     drafter = load_drafter(run.path("train"), target)
-    costs = artefacts.read_json(run.path("tune") / "profile.json")["verify_ms"]
+    # Both costs now: a ratio of times measured at different loads of the machine would mean nothing.
+    costs = profile.verify_cost(target, range(1, most + 2))
     answers = [answer for own in dev_by_set(run, training_source(run)).values() for answer in own]
     counts = metrics.count(replay(Single(drafter, ChainGrowth(most)), target.spec, answers, device=target.device))
     alphas = [0.0 if math.isnan(alpha) else alpha for alpha in counts.acceptance_by_depth]
     alphas = (alphas + [0.0] * most)[:most]
     drafting = [profile.draft_cost(target, Single(drafter, ChainGrowth(k))) for k in range(1, most + 1)]
-    found = chains(alphas, {int(rows): ms for rows, ms in costs.items()}, drafting)
+    found = chains(alphas, costs, drafting)
     chosen = best(found)
     console.table(
         f"Chains on {len(answers)} dev answers, {counts.rounds} rounds: acceptance by replay, costs of this engine",

@@ -109,7 +109,7 @@ def figures(name: str, found: Mapping[str, Any]) -> None:
         "date": time.strftime("%Y-%m-%d"),
         "target": "SmolLM2-135M-Instruct (Q4_1, de-quantised), float32",
         "decoding": f"greedy, chain of {CHAIN}, {MAX_TOKENS} new tokens, one prompt at a time",
-        "machine": f"{os.cpu_count()} cores, {platform.platform()}",
+        "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
         "versions": versions(),
     }
     known.setdefault("results", {})[name] = dict(found)

@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.interop, pytest.mark.timeout(7200)]
 
 def converted(source: Path, folder: Path, out: Path, *arguments: str) -> Path:
     """A folder as GGUF, by llama.cpp's converter in this environment (torch, transformers, sentencepiece)."""
-    env = environment() | {"PYTHONPATH": str(source / "gguf-py")}
+    env = environment() | {"PYTHONPATH": f"{source / 'gguf-py'}:{source.parent / 'python'}"}
     command = [sys.executable, str(source / "convert_hf_to_gguf.py"), str(folder), *arguments]
     done = subprocess.run([*command, "--outfile", str(out)], capture_output=True, text=True, env=env, cwd=out.parent)
     assert done.returncode == 0, done.stderr[-3000:]

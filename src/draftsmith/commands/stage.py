@@ -122,7 +122,7 @@ def tokens(folder: Path, name: str | None, overrides: Sequence[str], most: int) 
     run = opened(folder, name, overrides)
     for stage in STAGES:
         _made(run, stage)
-        if stage == "tune":
+        if stage == "train":
             break
     chosen = best(finish.speculative_tokens(run, most))
     if chosen.tokens:

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 
 import httpx
 
+from draftsmith.evaluation.endpoint import read_counters
 from draftsmith.foundation.errors import UserError
 
-PREFIX = "vllm:spec_decode_num_"
 WRITTEN = "vllm:generation_tokens_total"
 PAUSE, PAUSES = 0.2, 25  # seconds between looks at counters that still move, and looks at most
 
-_LINE = re.compile(r"^(?P<name>[\w:]+)(?:\{(?P<labels>.*)\})?\s+(?P<value>\S+)(?:\s+\d+)?$")
-_POSITION = re.compile(r'position="(\d+)"')
+_WRITTEN = re.compile(rf"^{WRITTEN}(?:\{{.*\}})?\s+(\S+)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -71,30 +70,18 @@ def parse(text: str, where: str) -> ServerCounts:
     Raises:
         UserError: the page is not vLLM's, or its server does not speculate.
     """
-    sums: dict[str, float] = {}
-    depths: dict[int, float] = {}
-    for line in text.splitlines():
-        if not (found := _LINE.match(line)):
-            continue
-        name, value = found["name"], float(found["value"])
-        if name == f"{PREFIX}accepted_tokens_per_pos_total":
-            if at := _POSITION.search(found["labels"] or ""):
-                depths[int(at[1])] = depths.get(int(at[1]), 0.0) + value
-        else:
-            sums[name] = sums.get(name, 0.0) + value
-    if WRITTEN not in sums:
+    written = [float(found[1]) for found in _WRITTEN.finditer(text)]
+    if not written:
         raise UserError(
             f"{where} holds no counters of vLLM's ({WRITTEN}): served acceptance is read from vLLM servers only, with "
             "their statistics on (not --disable-log-stats)"
         )
-    if f"{PREFIX}drafts_total" not in sums:
+    if (found := read_counters(text)) is None:
         raise UserError(
-            f"{where}: the server does not speculate (it counts no {PREFIX}drafts_total): start it with "
-            "--speculative-config, as the export's README.md says"
+            f"{where}: the server does not speculate (it counts no drafts): start it with --speculative-config, as the "
+            "export's README.md says"
         )
-    at_depth = tuple(int(depths.get(d, 0)) for d in range(max(depths, default=-1) + 1))
-    counted = [int(sums.get(f"{PREFIX}{name}_total", 0)) for name in ("drafts", "draft_tokens", "accepted_tokens")]
-    return ServerCounts(counted[0], counted[1], counted[2], at_depth, int(sums[WRITTEN]))
+    return ServerCounts(found.drafts, found.drafted, found.accepted, found.at_position, int(sum(written)))
 
 
 def read(url: str, timeout: float = 10.0) -> ServerCounts:

@@ -102,6 +102,22 @@ def test_an_eagle_head_trained_on_a_part_of_the_vocabulary_is_served_with_all_of
     torch.testing.assert_close(whole[:, ids].log_softmax(-1), part)
 
 
+def test_the_bias_of_an_eagle_head_goes_where_it_is_loaded(tmp_path: Path) -> None:
+    target = tiny_target()
+    card = target_card(target, "somebody/tiny")
+    options = eagle_options(target.model.config, target.spec).model_copy(update={"fc_bias": True})
+    head = Eagle.for_target(options, VocabMap.identity(target.spec.vocab_size), target)
+    checkpoint = head_checkpoint(head, card)
+    with pytest.raises(UserError, match="fc.bias: vLLM"):
+        export(checkpoint, "vllm", tmp_path / "vl")
+    folder = export(checkpoint, "sglang", tmp_path / "sg", Extras(golden=golden(checkpoint, target))).folder
+    back = drafter_of(import_checkpoint(folder, card), target, "it")
+    assert isinstance(back, Eagle)
+    assert back.options.fc_bias
+    assert torch.equal(back.fc.bias, head.fc.bias)
+    assert check(folder, card, forward=checker(target)) == []
+
+
 def test_a_standalone_draft_goes_through_as_a_folder(tmp_path: Path) -> None:
     folder = write_target(tmp_path / "target")
     target = load_target(folder, dtype="float32", device="cpu")
