@@ -348,6 +348,11 @@ def training_of(run: Run, vocab: VocabMap) -> Training:
     source = training_source(run)
     dev = _dev(run, source, o.deploy.growth if o.deploy else o.growth)
     head = algorithms.fresh_head(o.drafter.kind, run.target, vocab, o.drafter.layers, o.train.seed)
+    if o.train.reference == "trained":
+        raise UserError(
+            "train.reference: a run can't train its reference first in this version; train one as a run of its own and "
+            "name its drafter's folder, or say ema"
+        )
     reference = None
     if isinstance(o.train.reference, Path):
         teaching = load_drafter(o.train.reference, run.target, torch.float32)
