@@ -194,6 +194,9 @@ def verify_lossless(
         str | None, typer.Option(help="Folder, hub id, GGUF file or smollm2; default: the run's.")
     ] = None,
     drafters: Annotated[list[str] | None, typer.Option(help="name=path of a run or a drafter (several times).")] = None,
+    compose: Annotated[
+        list[str] | None, typer.Option(help="name=specification of several put together (several times).")
+    ] = None,
     prompts: Annotated[str | None, typer.Option(help="A jsonl file or a benchmark; default: made prompts.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Prompts at most.")] = 20,
     temperatures: Annotated[str, typer.Option(help="By commas.")] = "0,1",
@@ -212,6 +215,7 @@ def verify_lossless(
     if not lossless.verify(
         target,
         drafters or [],
+        compose=compose or [],
         prompts=prompts,
         count=count,
         temperatures=temperatures,

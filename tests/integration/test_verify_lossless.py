@@ -71,6 +71,15 @@ def test_sound_models_are_lossless(folders: tuple[Path, Path], tmp_path: Path) -
     assert stored["provenance"]
 
 
+def test_compositions_are_verified_too(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "verdict.json"
+    ended = draftsmith(*asked(folders, "--compose", "both=merge:trie(mine,ngram)", "--temperatures", "0", "--out", out))
+    assert ended.code == 0, ended.err
+    names = [g["drafters"] for g in json.loads(out.read_text())["groups"]]
+    assert names[0] == "oracle"
+    assert "both" in names
+
+
 def test_half_precision_is_judged_token_by_token(folders: tuple[Path, Path], tmp_path: Path) -> None:
     out = tmp_path / "verdict.json"
     ended = draftsmith(*asked(folders, "--dtype", "bfloat16", "--temperatures", "0", "--batch", 3, "--out", out))

@@ -23,6 +23,7 @@ def verify(
     target: str | None,
     drafters: Sequence[str],
     *,
+    compose: Sequence[str] = (),
     prompts: str | None,
     count: int,
     temperatures: str,
@@ -40,7 +41,7 @@ def verify(
     """
     paths = pairs(drafters)
     loaded = load_target(target or api.target_of(paths.values()), dtype, device)
-    compositions = composed(loaded, paths, ())
+    compositions = composed(loaded, paths, compose)
     asked = questions(loaded, prompts, count, seed)
     heats = numbers(temperatures) or [0.0]
     total = len(asked) * len(heats) * (1 + len(compositions))
@@ -60,6 +61,7 @@ def verify(
             "batch": batch,
             "seed": seed,
             "drafters": paths,
+            "compose": list(compose),
         }
         artefacts.write_json(
             out,

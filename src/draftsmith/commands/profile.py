@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from draftsmith import api
-from draftsmith.commands.bench import composed
 from draftsmith.decoding import profile as measuring
-from draftsmith.decoding.composition import Single
 from draftsmith.decoding.profile import Grid
-from draftsmith.decoding.stored import pairs
-from draftsmith.drafters.base import Drafter
+from draftsmith.decoding.stored import members, pairs
 from draftsmith.foundation import artefacts, console, provenance
 from draftsmith.foundation.errors import UserError
 from draftsmith.target.model import load_target
@@ -38,13 +35,10 @@ def profile(
     grid = Grid(whole(batches, "--batch"), whole(contexts, "--context"))
     name = target or api.target_of(paths.values())
     loaded = load_target(name, dtype, device)
-    members: dict[str, Drafter] = {}
-    for called, made in composed(loaded, paths, ()).items():
-        if not isinstance(made, Single):
-            raise UserError(f"--drafters {called}: several drafters put together; profile each of them")
-        members[called] = made.drafter
-    with console.progress("measuring", grid.steps(len(members)), "costs") as bar:
-        found = measuring.measured(loaded, members, grid, repeats, lambda: bar.advance(1))
+    available = members(paths, loaded)
+    own = {called: available[called].drafter for called in paths}
+    with console.progress("measuring", grid.steps(len(own)), "costs") as bar:
+        found = measuring.measured(loaded, own, grid, repeats, lambda: bar.advance(1))
     artefacts.write_json(out, {**found, "provenance": provenance.collect()})
     show(found)
     console.say(f"costs: {out}; use them: growth.kind=cost-aware growth.profile={out}")

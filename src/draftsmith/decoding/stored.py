@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from draftsmith.decoding.building import Available
+from draftsmith.decoding.costs import refuse_other_target
 from draftsmith.decoding.growth import GrowthOptions
 from draftsmith.drafters.base import Drafter
 from draftsmith.drafters.checkpoint import load_drafter
@@ -39,8 +40,10 @@ def members(named: Mapping[str, str | Path | Drafter], target: HFTarget) -> dict
 def available(folder: Path, target: HFTarget) -> Available:
     """The drafter of a run or of its own folder, with its run's growth and its temperatures, where there are any."""
     place, run = drafter_folder(folder)
-    growth = run_growth(run).build() if run else None
-    return Available(load_drafter(place, target), growth, stored_temperatures(place))
+    growth = run_growth(run) if run else None
+    if growth and growth.profile:
+        refuse_other_target(growth.profile, target.spec.fingerprint)
+    return Available(load_drafter(place, target), growth.build() if growth else None, stored_temperatures(place))
 
 
 def drafter_folder(folder: Path) -> tuple[Path, Path | None]:

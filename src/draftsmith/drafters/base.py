@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from draftsmith.target.protocol import FeatureSpec
@@ -87,12 +88,9 @@ def with_children(ancestors: Tensor, parents: Tensor) -> Tensor:
     Returns:
         `[B, P + W, P + W]` bool.
     """
-    batch, width = parents.shape
-    old = ancestors.shape[1]
-    grown = torch.zeros((batch, old + width, old + width), dtype=torch.bool, device=ancestors.device)
-    grown[:, :old, :old] = ancestors
-    if old:
-        inherited = ancestors.gather(1, parents.clamp(min=0)[:, :, None].expand(-1, -1, old))
-        grown[:, old:, :old] = inherited & (parents >= 0)[:, :, None]
-    grown[:, old:, old:] = torch.eye(width, dtype=torch.bool, device=ancestors.device)
-    return grown
+    width, old = parents.shape[1], ancestors.shape[1]
+    # a first row that sees nothing stands for the root
+    known = F.pad(ancestors, (0, width, 1, 0))
+    inherited = known.gather(1, (parents + 1)[:, :, None].expand(-1, -1, old + width))
+    own = F.pad(torch.eye(width, dtype=torch.bool, device=ancestors.device), (old, 0))
+    return torch.cat([known[:, 1:], inherited | own], dim=1)

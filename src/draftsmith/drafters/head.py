@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from draftsmith.drafters import unrolled
-from draftsmith.drafters.base import Frontier, Proposal
+from draftsmith.drafters.base import Frontier, Proposal, with_children
 from draftsmith.drafters.unrolled import StepOut, UnrollBatch
 from draftsmith.foundation.options import Options, validate
 from draftsmith.target.model import HFTarget
@@ -154,6 +154,7 @@ class Rotary:
             rope_parameters={**scaling, "rope_theta": o.rope_theta},
         )
         self._make = LlamaRotaryEmbedding(config)
+        self._tables: dict[torch.dtype, tuple[Tensor, Tensor]] = {}
         self._cos = self._sin = torch.zeros(0, o.head_dim)
 
     def reach(self, positions: int, device: torch.device) -> None:
@@ -161,14 +162,19 @@ class Rotary:
             size = max(positions, 2 * self._cos.shape[0], 512)
             index = torch.arange(size, device=device)[None]
             cos, sin = self._make.to(device)(torch.zeros(1, dtype=torch.float32, device=device), index)
-            self._cos, self._sin = cos[0], sin[0]
+            half = sin.shape[-1] // 2
+            # the first half of the sines changes its sign here, not the values that are turned
+            self._cos, self._sin = cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)
+            self._tables = {}
 
     def turn(self, x: Tensor, positions: Tensor) -> Tensor:
         """Rotate `x [B, heads, T, d]` to `positions [B, T]`."""
-        cos = self._cos[positions][:, None].to(x.dtype)
-        sin = self._sin[positions][:, None].to(x.dtype)
+        if x.dtype not in self._tables:
+            self._tables[x.dtype] = (self._cos.to(x.dtype), self._sin.to(x.dtype))
+        cos, sin = self._tables[x.dtype]
         half = x.shape[-1] // 2
-        return x * cos + torch.cat([-x[..., half:], x[..., :half]], dim=-1) * sin
+        swapped = torch.cat([x[..., half:], x[..., :half]], dim=-1)
+        return x * cos[positions][:, None] + swapped * sin[positions][:, None]
 
 
 @dataclass
@@ -236,11 +242,17 @@ class Head(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        return self._weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        return self._weight.dtype
+
+    @property
+    def _weight(self) -> Tensor:
+        # asked several times a pass: to walk through all parameters for the first takes longer than some operations
+        weight: Tensor = self.decoder.post_attention_layernorm.weight
+        return weight
 
     def embed(self, tokens: Tensor) -> Tensor:
         """The target's embedding of token ids, in the head's number format."""
@@ -296,7 +308,12 @@ class Head(nn.Module):
     def layer(self, embeds: Tensor, hidden: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """One decoder layer over rows (embedding, state) → states `[B, T, H]`."""
         x, residual = self.inputs(embeds, hidden)
-        return self.rest(residual, attend(self.queries(x, positions), *self.keys_values(x, positions)))
+        attention = self.decoder.self_attn
+        # queries and keys are turned at once: in decoding the number of operations is what costs
+        both = torch.cat([attention.heads(attention.q_proj(x)), attention.heads(attention.k_proj(x))], dim=1)
+        turned = self.rotary.turn(both, positions)
+        heads = self.options.num_attention_heads
+        return self.rest(residual, attend(turned[:, :heads], turned[:, heads:], attention.heads(attention.v_proj(x))))
 
     def unroll(
         self, batch: UnrollBatch, steps: int, detach_steps: bool = False, checkpoint_steps: bool = False
@@ -324,11 +341,14 @@ class Head(nn.Module):
         rows = torch.arange(width, device=self.device)
         visible = (rows[:, None] >= rows[None, :]).expand(batch, width, width)
         positions = before[:, None] + rows
-        out = self.layer(self.embed(tokens), self.fuse(features), positions, self._attend(state, 0, positions, visible))
-        last = torch.tensor([max(n - 1, 0) for n in lengths], device=self.device)
-        fresh = out.gather(1, last[:, None, None].expand(-1, 1, out.shape[2]))[:, 0]
-        grew = torch.tensor([n > 0 for n in lengths], device=self.device)
-        state.root = torch.where(grew[:, None], fresh, state.root)
+        out = self.layer(self.embed(tokens), self.fuse(features), positions, self._attend(state, 0, visible))
+        if min(lengths) == max(lengths) > 0:
+            state.root = out[:, lengths[0] - 1]
+        else:
+            last = torch.tensor([max(n - 1, 0) for n in lengths], device=self.device)
+            fresh = out.gather(1, last[:, None, None].expand(-1, 1, out.shape[2]))[:, 0]
+            grew = torch.tensor([n > 0 for n in lengths], device=self.device)
+            state.root = torch.where(grew[:, None], fresh, state.root)
         state.lengths = [a + n for a, n in zip(state.lengths, lengths, strict=True)]
         state.hidden = out[:, :0]
         state.ancestors = torch.zeros((batch, 0, 0), dtype=torch.bool, device=self.device)
@@ -336,26 +356,18 @@ class Head(nn.Module):
 
     @torch.inference_mode()
     def expand(self, state: HeadState, frontier: Frontier) -> Proposal:
-        batch, width = frontier.tokens.shape
-        old = state.hidden.shape[1]
-        parents = frontier.parents
+        width, old = frontier.tokens.shape[1], state.hidden.shape[1]
         everyone = torch.cat([state.root[:, None], state.hidden], dim=1)
-        hidden = everyone.gather(1, (parents + 1)[:, :, None].expand(-1, -1, everyone.shape[2]))
-        ancestors = torch.zeros((batch, old + width, old + width), dtype=torch.bool, device=self.device)
-        ancestors[:, :old, :old] = state.ancestors
-        if old:
-            inherited = state.ancestors.gather(1, parents.clamp(min=0)[:, :, None].expand(-1, -1, old))
-            ancestors[:, old:, :old] = inherited & (parents >= 0)[:, :, None]
-        ancestors[:, old:, old:] = torch.eye(width, dtype=torch.bool, device=self.device)
-        state.ancestors = ancestors
+        hidden = everyone.gather(1, (frontier.parents + 1)[:, :, None].expand(-1, -1, everyone.shape[2]))
+        state.ancestors = with_children(state.ancestors, frontier.parents)
         before = torch.tensor(state.lengths, device=self.device)
         positions = (before + frontier.depth - 1)[:, None].expand(-1, width)
-        attend = self._attend(state, old, positions, ancestors[:, old:])
+        attend = self._attend(state, old, state.ancestors[:, old:])
         out = self.layer(self.embed(frontier.tokens), self.passed_on(hidden), positions, attend)
         state.hidden = torch.cat([state.hidden, out], dim=1)
         return Proposal(self.log_q(out))
 
-    def _attend(self, state: HeadState, offset: int, positions: Tensor, visible: Tensor) -> Attend:
+    def _attend(self, state: HeadState, offset: int, visible: Tensor) -> Attend:
         """Attention of a pass over all committed rows and the `visible [B, W, offset + W]` ones of this round."""
         lengths = state.lengths
         width = visible.shape[1]
@@ -365,22 +377,22 @@ class Head(nn.Module):
             state.keys = F.pad(state.keys, (0, 0, 0, extra))
             state.values = F.pad(state.values, (0, 0, 0, extra))
         self.rotary.reach(span + 1, self.device)
-        even = len(set(lengths)) == 1
-        start = torch.tensor(lengths, device=self.device)
-        own = start[:, None] + torch.arange(offset + width, device=self.device)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if even:
+            if len(set(lengths)) == 1:
                 at = lengths[0] + offset
                 state.keys[:, :, at : at + width] = k
                 state.values[:, :, at : at + width] = v
+                mask = F.pad(visible, (lengths[0], 0), value=True)
             else:
+                start = torch.tensor(lengths, device=self.device)
+                own = start[:, None] + torch.arange(offset + width, device=self.device)
                 sequence = torch.arange(len(lengths), device=self.device)[:, None]
                 state.keys[sequence, :, own[:, offset:]] = k.transpose(1, 2)
                 state.values[sequence, :, own[:, offset:]] = v.transpose(1, 2)
-            slots = torch.arange(span, device=self.device)
-            mask = (slots < start[:, None])[:, None, :].expand(-1, width, -1).contiguous()
-            mask.scatter_(2, own[:, None, :].expand(-1, width, -1), visible)
+                slots = torch.arange(span, device=self.device)
+                mask = (slots < start[:, None])[:, None, :].expand(-1, width, -1).contiguous()
+                mask.scatter_(2, own[:, None, :].expand(-1, width, -1), visible)
             return F.scaled_dot_product_attention(
                 q, state.keys[:, :, :span], state.values[:, :, :span], attn_mask=mask[:, None], enable_gqa=True
             )
