@@ -156,8 +156,11 @@ def training(run: Run, probe: bool = False) -> TrainingPlan:
     spec = TargetSpec(
         o.target.name, "", config.vocab_size, config.hidden_size, config.num_hidden_layers, 1 << 12, (), "bfloat16"
     )
-    with torch.device("meta"):
+    try:
         options = eagle3_options(config, spec, min(o.drafter.draft_vocab_size, spec.vocab_size), o.drafter.layers)
+    except ValueError as problem:
+        raise UserError(f"drafter.layers: {problem}") from None
+    with torch.device("meta"):
         vocab = VocabMap(torch.arange(options.draft_vocab_size, device="cpu"), spec.vocab_size)
         head = Eagle3(options, vocab, torch.empty(0))
     parameters = sum(p.numel() for p in head.parameters())
@@ -252,8 +255,8 @@ def _target(name: str) -> tuple[Any, int]:
         path = gguf.convert(gguf.smollm2() if name == "smollm2" else Path(name), gguf.cache_root())
     try:
         config = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as problem:
         raise UserError(f"{name}: its configuration can't be read: {str(problem).splitlines()[0]}") from problem
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
     return config.get_text_config(), sum(p.numel() for p in model.parameters())
