@@ -18,13 +18,12 @@ import torch
 
 from draftsmith import stages
 from draftsmith.data.features import FeatureStore
-from draftsmith.drafters.eagle3 import Eagle3, eagle3_options
 from draftsmith.foundation import console, ranks
 from draftsmith.foundation.errors import UserError
 from draftsmith.pipeline import STAGES, Run
 from draftsmith.target import gguf
 from draftsmith.target.protocol import TargetSpec
-from draftsmith.target.vocabulary import VocabMap
+from draftsmith.training import algorithms
 from draftsmith.training.batches import epoch_plan
 from draftsmith.training.memory import training_memory
 from draftsmith.training.trainer import step_seconds
@@ -156,17 +155,18 @@ def training(run: Run, probe: bool = False) -> TrainingPlan:
     spec = TargetSpec(
         o.target.name, "", config.vocab_size, config.hidden_size, config.num_hidden_layers, 1 << 12, (), "bfloat16"
     )
+    kind = o.drafter.kind
     try:
-        options = eagle3_options(config, spec, min(o.drafter.draft_vocab_size, spec.vocab_size), o.drafter.layers)
+        head = algorithms.blank_head(
+            kind, config, spec, min(o.drafter.draft_vocab_size, spec.vocab_size), o.drafter.layers
+        )
     except ValueError as problem:
         raise UserError(f"drafter.layers: {problem}") from None
-    with torch.device("meta"):
-        vocab = VocabMap(torch.arange(options.draft_vocab_size, device="cpu"), spec.vocab_size)
-        head = Eagle3(options, vocab, torch.empty(0))
     parameters = sum(p.numel() for p in head.parameters())
     width = 4 if o.target.dtype == "float32" else 2
-    features = len(options.auxiliary_layers) * spec.hidden_size
-    taken = training_memory(options, parameters, features, o.train, ranks.world(), width)
+    features = len(head.wants.names) * spec.hidden_size
+    unrolled = algorithms.unrolled(kind, o.train, o.hass)
+    taken = training_memory(head.options, parameters, features, unrolled, o.train, ranks.world(), width)
     shared = target_parameters * width + (spec.vocab_size * spec.hidden_size * 4 if width == 2 else 0)
     lengths = _kept_lengths(run)
     positions = sum(lengths)

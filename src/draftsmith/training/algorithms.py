@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -31,6 +31,29 @@ def reads(kind: Kind, layers: tuple[int, ...] | None, spec: TargetSpec) -> Featu
         ValueError: as `auxiliary_layers`.
     """
     return FeatureSpec(auxiliary_layers(layers, spec.layers) if kind == "eagle3" else (), final=True)
+
+
+def blank_head(
+    kind: Kind, config: Any, spec: TargetSpec, draft_vocab_size: int, layers: tuple[int, ...] | None
+) -> Head:
+    """A head without values: its parameters have their shapes and take no memory.
+
+    Raises:
+        ValueError: as `auxiliary_layers`.
+    """
+    vocab = VocabMap(torch.arange(draft_vocab_size), spec.vocab_size)
+    with torch.device("meta"):
+        shared = torch.empty(0)
+        if kind == "eagle3":
+            return Eagle3(eagle3_options(config, spec, draft_vocab_size, layers), vocab, shared)
+        return Eagle(eagle_options(config, spec, draft_vocab_size), vocab, shared, shared)
+
+
+def unrolled(kind: Kind, o: TrainOptions, hass: HassLossOptions) -> tuple[int, bool]:
+    """How many steps training unrolls, and whether it computes them again in the backward pass."""
+    if kind == "eagle3":
+        return o.unroll_steps, o.checkpoint_steps
+    return (hass.steps, hass.checkpoint_steps) if kind == "hass" else (1, False)
 
 
 def fresh_head(kind: Kind, target: HFTarget, vocab: VocabMap, layers: tuple[int, ...] | None, seed: int) -> Head:

@@ -45,15 +45,23 @@ class TrainingMemory:
 
 
 def training_memory(
-    head: HeadOptions, parameters: int, features: int, options: TrainOptions, ranks: int = 1, item_bytes: int = 2
+    head: HeadOptions,
+    parameters: int,
+    features: int,
+    unrolled: tuple[int, bool],
+    options: TrainOptions,
+    ranks: int = 1,
+    item_bytes: int = 2,
 ) -> TrainingMemory:
     """What training a head of so many `parameters` takes on each of `ranks` processes.
 
     Args:
+        unrolled: how many steps are unrolled, and whether each is computed again in the backward pass.
         features: numbers of the target's state that the head reads at a position, the teacher's not counted.
         item_bytes: of a stored number.
     """
     o = options
+    steps, again = unrolled
     width = 2 if o.precision == "bfloat16" else 4
     rows = math.ceil(max(1, o.batch_positions // o.row_length) / (ranks * o.accumulation))
     positions = rows * o.row_length
@@ -69,11 +77,11 @@ def training_memory(
     later = starts * (4 * norm + width * (8 * hidden + 8 * queries + 3 * keys + 4 * head.intermediate_size))
     attention = starts * scores * (4 + twice)
     first = later + positions * (2 * norm + width * (features + 4 * hidden + 6 * keys))
-    if o.checkpoint_steps:
-        kept = o.unroll_steps * starts * width * (2 * hidden + 2 * queries)
+    if again:
+        kept = steps * starts * width * (2 * hidden + 2 * queries)
         running = first + later + 2 * attention + kept
     else:
-        running = first + (o.unroll_steps - 1) * (later + attention)
+        running = first + (steps - 1) * (later + attention)
     shared = positions * 2 * queries * width + starts * o.row_length * 6
     working = starts * scores * 8 + min(starts, block) * head.draft_vocab_size * (4 + width)
     batch = positions * ((features + hidden) * item_bytes * 2 + 64)
@@ -82,6 +90,6 @@ def training_memory(
         weights=copies,
         moments=8 * parameters,
         gradients=4 * parameters,
-        step=int(SLACK * (running + shared + working + kept_logits * o.unroll_steps + batch)),
+        step=int(SLACK * (running + shared + working + kept_logits * steps + batch)),
         saving=parameters * (4 + 8 + 4 + 4 * bool(o.ema)),
     )

@@ -238,6 +238,7 @@ class _Training:
         finally:
             for (parameter, _), data in zip(pairs, kept, strict=True):
                 parameter.data = data
+            torch.clear_autocast_cache()  # autocast's copies are known by parameter: these are the average's
 
     def _counts(self, parts: Sequence[Any]) -> list[float]:
         """Rows at each unrolled step, over all ranks and parts."""

@@ -102,7 +102,7 @@ def main(hidden: int, draft_vocab: int, row_length: int, precision: str, checkpo
         place = Path(folder)
         train(head, objective, source, source.ids, dev, o, place / "drafter", place / "log.jsonl", {})
     features = len(shape.auxiliary_layers) * hidden
-    found = training_memory(shape, parameters, features, o)
+    found = training_memory(shape, parameters, features, (o.unroll_steps, o.checkpoint_steps), o)
     measured = memory("VmHWM") - before
     sys.stdout.write(json.dumps({"measured": measured, "predicted": found.peak, "parts": vars(found)}) + "\n")
 

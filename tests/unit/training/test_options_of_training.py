@@ -24,7 +24,7 @@ from draftsmith.evaluation.replayed import replay
 from draftsmith.foundation import artefacts
 from draftsmith.foundation.errors import UserError
 from draftsmith.foundation.options import validate
-from draftsmith.selection.tokens import RowFacts, WeightOptions
+from draftsmith.selection.tokens import DeltaLoss, RowFacts, WeightOptions
 from draftsmith.training import trackers
 from draftsmith.training.batches import TrainBatch, epoch_plan
 from draftsmith.training.dev import DeployOptions, deployed
@@ -306,3 +306,28 @@ def test_weights_know_what_they_need() -> None:
     needs = {name: WeightOptions(name=name).build().needs for name in ("uniform", "flatness", "prefix-survival")}  # type: ignore[arg-type]
     assert needs == {"uniform": (), "flatness": ("flatness",), "prefix-survival": ("survival",)}
     assert trackers.split({"step": 2, "lr": 0.1}) == (2, {"lr": 0.1})
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_average_judges_with_its_own_weights_and_nothing_else(
+    source: FeatureStore, tmp_path: Path, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """autocast keeps a bfloat16 copy of each parameter: that of the average must not stand in for the trained ones."""
+    o = changed(steps=3, ema=0.5, reference="ema", precision=precision, weights={"name": "delta-loss"})
+    seen: list[tuple[Tensor, Tensor]] = []
+    original = DeltaLoss.__call__
+
+    def call(self: DeltaLoss, losses: Tensor, facts: RowFacts, step: int) -> Tensor:
+        assert facts.reference_losses is not None
+        seen.append((losses.detach(), facts.reference_losses))
+        return original(self, losses, facts, step)
+
+    monkeypatch.setattr(DeltaLoss, "__call__", call)
+    made = head()
+    log, out = tmp_path / "log.jsonl", tmp_path / "drafter"
+    train(made, objective(made, o), source, source.ids, dev(source), o, out, log, {})
+    steps = o.unroll_steps
+    for own, averaged in seen[:steps]:
+        torch.testing.assert_close(own, averaged)  # before the first step the average is the weights themselves
+    for own, averaged in seen[steps:]:
+        assert (own - averaged).abs().max() > 1e-4
