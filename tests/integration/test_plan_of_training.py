@@ -56,11 +56,11 @@ def test_memory_that_is_not_there(
         monkeypatch.setattr(plan, "memory_here", lambda share=share: int(share * needed))
         if refused:
             with pytest.raises(UserError, match=r"training would take .* of memory, and there are .*--force"):
-                plan.check(run)
+                plan.check(run, anew=True)
         else:
-            plan.check(run)
+            plan.check(run, anew=True)
         assert ("training would take" in capsys.readouterr().err) == warned
-    plan.check(run, force=True)
+    plan.check(run, force=True, anew=True)
     assert "training would take" in capsys.readouterr().err
     ended = draftsmith("train", "-C", run.folder, "--redo")
     assert ended.code == 2

@@ -35,7 +35,7 @@ def reads(kind: Kind, layers: tuple[int, ...] | None, spec: TargetSpec) -> Featu
 
 def blank_head(
     kind: Kind, config: Any, spec: TargetSpec, draft_vocab_size: int, layers: tuple[int, ...] | None
-) -> Head:
+) -> Eagle3 | Eagle:
     """A head without values: its parameters have their shapes and take no memory.
 
     Raises:
