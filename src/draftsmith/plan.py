@@ -21,6 +21,7 @@ from draftsmith.data.features import FeatureStore
 from draftsmith.foundation import console, ranks
 from draftsmith.foundation.errors import UserError
 from draftsmith.pipeline import STAGES, Run
+from draftsmith.selection.tokens import WeightOptions
 from draftsmith.target import gguf
 from draftsmith.target.protocol import TargetSpec
 from draftsmith.training import algorithms
@@ -181,9 +182,11 @@ def training(run: Run, probe: bool = False) -> TrainingPlan:
     found = TrainingPlan(parameters, positions, steps, memory, taken.saving + 8 * parameters)
     if not probe or not (run.status("features") == run.status("select") == "done"):
         return found
-    t = stages.training_of(run, stages.vocabulary(run))
-    step, evaluation = step_seconds(t.head, t.objective, t.source, t.kept, t.dev, o.train, t.reference)
-    whole = o.train.seconds or step * (steps or 0) + evaluation * o.train.evaluations
+    t = stages.training_of(run, stages.vocabulary(run), reference=False)
+    twice = o.train.reference == "trained"  # its losses are not there yet: a step is timed without them
+    timed = o.train.model_copy(update={"weights": WeightOptions()}) if twice else o.train
+    step, evaluation = step_seconds(t.head, t.objective, t.source, t.kept, t.dev, timed, t.reference)
+    whole = (1 + twice) * (o.train.seconds or step * (steps or 0) + evaluation * o.train.evaluations)
     return replace(found, step_seconds=step, seconds=whole)
 
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from draftsmith.data.benchmarks import BENCHMARKS
 from draftsmith.data.features import PassOptions
 from draftsmith.data.regenerate import RegenerateOptions
 from draftsmith.decoding.growth import GrowthOptions
+from draftsmith.drafters.truncation import StandaloneOptions
 from draftsmith.evaluation.bench import BenchOptions
 from draftsmith.foundation import options
 from draftsmith.foundation.errors import UserError
@@ -54,18 +54,7 @@ class DataOptions(Options):
     keep_answers: bool = Field(
         default=False, description="train on the answers in the file instead of the target's own"
     )
-    posed_as: str | None = Field(
-        default=None,
-        description="put a file's bare problems as those of this benchmark are (gsm8k, svamp, math-500, …)",
-    )
     seed: int = 0
-
-    @field_validator("posed_as")
-    @classmethod
-    def _known(cls, posed_as: str | None) -> str | None:
-        if posed_as is not None and posed_as not in BENCHMARKS:
-            raise ValueError(f"there is no benchmark {posed_as!r}: choose {', '.join(BENCHMARKS)}")
-        return posed_as
 
     @field_validator("train")
     @classmethod
@@ -77,17 +66,9 @@ class DataOptions(Options):
 
     @model_validator(mode="after")
     def _every_set(self) -> Self:
-        if self.posed_as and self.path is None:
-            raise ValueError("posed_as is for the problems of a file: give data.path, or leave it out")
         if isinstance(self.train, dict) and self.path is None and self.train.keys() != set(self.sets):
             raise ValueError(f"train: give a number for each of the sets {', '.join(self.sets)}, and no other")
         return self
-
-    @model_serializer(mode="wrap")
-    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # What is not said changes no result and is in no fingerprint.
-        fields: dict[str, Any] = handler(self)
-        return {name: value for name, value in fields.items() if name != "posed_as" or value is not None}
 
     def counts(self) -> dict[str, tuple[int, int, int]]:
         """How many train, dev and test prompts are taken of each set; the user's own prompts are one set."""
@@ -124,13 +105,16 @@ class DrafterOptions(Options):
     kind: Kind = Field(
         default="eagle3",
         description="a head: EAGLE-3's; EAGLE's (also called EAGLE-2 after the trees that it drafts); the same head "
-        "trained as HASS does",
+        "trained as HASS does; or standalone: a small language model that reads tokens only",
     )
     draft_vocab_size: int = Field(
         default=4096, ge=16, description="tokens it may propose; servers let eagle and hass heads propose all"
     )
     layers: tuple[int, ...] | None = Field(
         default=None, description="auxiliary layers of an eagle3 head; default 2, n//2, n-3, as servers assume"
+    )
+    standalone: StandaloneOptions = Field(
+        default=StandaloneOptions(), description="which standalone draft (drafter.kind=standalone)"
     )
 
 

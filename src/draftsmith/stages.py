@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from draftsmith.data import features as feature_store
 from draftsmith.data import regenerate as regeneration
-from draftsmith.data.benchmarks import posed
 from draftsmith.data.conversations import Conversation, from_row, read_conversations, to_row
 from draftsmith.data.features import FeatureStore
 from draftsmith.data.online import OnlineSource
@@ -23,6 +23,8 @@ from draftsmith.decoding.composition import Composition, Single
 from draftsmith.decoding.growth import GrowthOptions
 from draftsmith.drafters.checkpoint import load_drafter
 from draftsmith.drafters.head import Head
+from draftsmith.drafters.standalone import Standalone
+from draftsmith.drafters.truncation import made
 from draftsmith.evaluation import bench as benching
 from draftsmith.evaluation import tuning
 from draftsmith.evaluation.replayed import stored_answer
@@ -39,8 +41,12 @@ from draftsmith.target.protocol import FeatureSpec
 from draftsmith.target.replay import StoredAnswer
 from draftsmith.target.vocabulary import VocabMap
 from draftsmith.training import algorithms
+from draftsmith.training.account import Account, Before
 from draftsmith.training.dev import Dev
 from draftsmith.training.objectives.base import Objective, SampleSource
+from draftsmith.training.on_policy import OnPolicySource
+from draftsmith.training.options import TrainOptions
+from draftsmith.training.reference import trained as trained_reference
 from draftsmith.training.trackers import tracking
 from draftsmith.training.trainer import train as training
 
@@ -65,8 +71,7 @@ def prompts(run: Run, out: Path, identity: Identity) -> None:
             if quarantine.rows:
                 quarantine.write(scratch / "quarantine.jsonl")
                 console.warn(f"{quarantine}; they are listed in {out / 'quarantine.jsonl'}")
-            problems = posed(found, o.posed_as) if o.posed_as else found
-            parts = _parted(problems, o.counts()[o.path], o.seed, o.path)
+            parts = _parted(found, o.counts()[o.path], o.seed, o.path)
         for split, rows in parts.items():
             artefacts.write_jsonl(scratch / f"{split}.jsonl", (to_row(c) for c in rows))
         console.say(", ".join(f"{len(parts[split])} {split}" for split in SPLITS) + " prompts")
@@ -336,36 +341,77 @@ def vocabulary(run: Run) -> VocabMap:
 class Training:
     """What the trainer is given, but for where it writes."""
 
-    head: Head
+    head: algorithms.Trained
     objective: Objective
     source: SampleSource
     kept: list[str]
     dev: Dev
     reference: Objective | None
+    account: Account
+    before: Before | None = None
 
 
-def training_of(run: Run, vocab: VocabMap) -> Training:
-    """A run's drafter and what it is trained on, untrained."""
+def training_of(run: Run, vocab: VocabMap, reference: bool = True) -> Training:
+    """A run's drafter and what it is trained on, untrained; `reference=False`: train none for it first."""
     o = run.recipe
-    source = training_source(run)
+    source: SampleSource = training_source(run)
+    kept = list(read_selection(run).kept)
     dev = _dev(run, source, o.deploy.growth if o.deploy else o.growth)
-    head = algorithms.fresh_head(o.drafter.kind, run.target, vocab, o.drafter.layers, o.train.seed)
-    if o.train.reference == "trained":
-        raise UserError(
-            "train.reference: a run can't train its reference first in this version; train one as a run of its own and "
-            "name its drafter's folder, or say ema"
+    head = _fresh(run, vocab, source, kept)
+    account, before, judge = Account(), None, None
+    if o.train.reference == "trained" and reference:
+        source, before = trained_reference(
+            # a draft's layers are not chosen twice
+            fresh=lambda: copy.deepcopy(head) if isinstance(head, Standalone) else _fresh(run, vocab, source, kept),
+            load=lambda folder: _teaching(run, folder, head),
+            objective_of=lambda drafter, options: _objective(run, drafter, options),
+            source=source,
+            kept=kept,
+            dev=dev,
+            options=o.train,
+            folder=run.folder,
+            meta=_reference_identity(run),
         )
-    reference = None
+    if o.train.on_policy.share:
+        if not isinstance(head, Standalone):
+            raise UserError("train.on_policy.share: only a standalone draft writes texts (drafter.kind=standalone)")
+        if before is not None:
+            # what the draft writes was not judged before
+            judge = _objective(run, _teaching(run, run.folder / "reference", head))
+        source = OnPolicySource(source, head, run.target, o.train.on_policy, o.features, o.train.seed, account)
     if isinstance(o.train.reference, Path):
-        teaching = load_drafter(o.train.reference, run.target, torch.float32)
-        if not isinstance(teaching, Head) or teaching.KIND != head.KIND:
-            raise UserError(f"train.reference: {o.train.reference} is no {head.LABEL}, which is what is trained")
-        reference = _objective(run, teaching)
-    return Training(head, _objective(run, head), source, list(read_selection(run).kept), dev, reference)
+        judge = _objective(run, _teaching(run, o.train.reference, head))
+    return Training(head, _objective(run, head), source, kept, dev, judge, account, before)
+
+
+def _reference_identity(run: Run) -> Identity:
+    """What decides a run's reference beside how it is trained: inputs, shape, what its checkpoint is chosen by."""
+    values = run.recipe.model_dump(mode="json", include={"drafter", "eagle", "hass", "growth", "deploy"})
+    return {
+        "inputs": {name: artefacts.checksum(run.path(name)) for name in ("features", "select")},
+        "recipe": values,
+    }
+
+
+def _fresh(run: Run, vocab: VocabMap, source: SampleSource, kept: Sequence[str]) -> algorithms.Trained:
+    """The run's untrained drafter."""
+    o = run.recipe.drafter
+    if o.kind != "standalone":
+        return algorithms.fresh_head(o.kind, run.target, vocab, o.layers, run.recipe.train.seed)
+    texts = [source.outline(name) for name in kept[:: max(1, len(kept) // o.standalone.texts)]]
+    return made(run.target, vocab, o.standalone, [(text.ids, text.answer_rows) for text in texts])
+
+
+def _teaching(run: Run, folder: Path, head: algorithms.Trained) -> algorithms.Trained:
+    """A trained drafter of the kind that is trained, as its reference."""
+    found = load_drafter(folder, run.target, torch.float32)
+    if not isinstance(found, Head | Standalone) or found.KIND != head.KIND:
+        raise UserError(f"train.reference: {folder} is no {head.LABEL}, which is what is trained")
+    return found
 
 
 def train(run: Run, out: Path, identity: Identity) -> None:
-    """Train the head on what was kept (kind "drafter")."""
+    """Train the drafter on what was kept (kind "drafter"), and before it the reference that it is compared with."""
     o = run.recipe
     vocab = vocabulary(run)
     t = training_of(run, vocab)
@@ -381,7 +427,8 @@ def train(run: Run, out: Path, identity: Identity) -> None:
     log = run.folder / "training.jsonl"
     with tracking(o.tracking, run.folder) as track:
         parts = (t.head, t.objective, t.source, t.kept, t.dev, o.train)
-        found = training(*parts, out, log, meta, reference=t.reference, track=track)
+        more: dict[str, Any] = {"reference": t.reference, "account": t.account, "before": t.before}
+        found = training(*parts, out, log, meta, track=track, **more)
     _say_saved(run, log)
     console.say(
         f"best checkpoint: step {found['best_step']} of {found['steps']}, dev acceptance length "
@@ -389,9 +436,10 @@ def train(run: Run, out: Path, identity: Identity) -> None:
     )
 
 
-def _objective(run: Run, head: Head) -> Objective:
+def _objective(run: Run, head: algorithms.Trained, options: TrainOptions | None = None) -> Objective:
     o = run.recipe
-    return algorithms.objective(o.drafter.kind, head, run.target, o.train, o.eagle, o.hass)
+    chain = (o.deploy.growth if o.deploy else o.growth).depth
+    return algorithms.objective(o.drafter.kind, head, run.target, options or o.train, o.eagle, o.hass, chain)
 
 
 def _say_saved(run: Run, log: Path) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from draftsmith import recipe
 from draftsmith.commands import stage as commands
 from draftsmith.drafters.checkpoint import load_drafter
+from draftsmith.drafters.standalone import Standalone
 from draftsmith.evaluation.summary import read_summary
 from draftsmith.export.adapter import checker, target_card
 from draftsmith.export.import_ import import_checkpoint
@@ -163,6 +165,57 @@ def test_other_heads_go_the_whole_way(root: Path, tmp_path: Path, kind: str) -> 
             torch.equal(again.tensors[name], t) for name, t in trained.tensors().items() if name in again.tensors
         )
         assert again.tensors.keys() == trained.tensors().keys() - {"d2t", "t2d"}
+
+
+def test_a_standalone_draft_goes_the_whole_way(root: Path, tmp_path: Path) -> None:
+    """Made of the target's layers, distilled on stored and on its own answers by AdaSPEC's tokens, decoded without a
+    loss, exported, and run by transformers from there."""
+    shutil.copy(root / "recipe.yaml", tmp_path / "recipe.yaml")
+    options = [
+        "drafter.kind=standalone",
+        "drafter.standalone.keep_layers=3",
+        "train.weights={name: delta-loss, fraction: 0.5, survival: true}",
+        "train.loss=lk",
+        "train.judge=forward-kl",
+        "train.reference=trained",
+        "train.on_policy={share: 0.5, max_new_tokens: 6}",
+        "export.to=[transformers,vllm,sglang]",
+    ]
+    ended = quickstart(tmp_path / "run", *options)
+    assert ended.code == 0, ended.err
+    assert "Writing model shards" not in ended.err
+    rows = read_summary(tmp_path / "run" / "summary.json").results
+    assert [(row.drafters, row.lossless.equal) for row in rows] == [("standalone", 2), ("standalone", 2)]
+    cost = artefacts.read_json(tmp_path / "run" / "drafter" / "training.json")["cost"]
+    assert cost["draft"]["trained"]["passes"] == 6
+    assert cost["draft"]["written"]["tokens"] > 0
+    assert cost["target"]["read"]["tokens"] > 0
+    assert cost["reference"]["judged"]["tokens"] == cost["draft"]["trained"]["tokens"]
+    assert cost["before"]["reference"]["draft"]["trained"]["passes"] == 6
+    target = load_target(root / "target", "float32")
+    trained = load_drafter(tmp_path / "run" / "drafter", target)
+    assert isinstance(trained, Standalone)
+    assert (trained.layers, trained.vocab.size) == (3, 64)
+    for server in ("transformers", "vllm", "sglang"):
+        draft = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export" / server)
+        for one, other in zip(draft.parameters(), trained.model.parameters(), strict=True):
+            assert torch.equal(one, other)
+    ids = target.tokenizer("Count to ten.", return_tensors="pt")
+    plain = target.model.generate(**ids, do_sample=False, max_new_tokens=12)
+    assert torch.equal(target.model.generate(**ids, do_sample=False, max_new_tokens=12, assistant_model=draft), plain)
+    again = quickstart(tmp_path / "run", *options)
+    assert again.out.count("done before") == len(STAGES) + 1
+    other = quickstart(tmp_path / "run", *options, "drafter.standalone.keep_layers=2", "--redo", "train")
+    assert other.code == 0, other.err
+    assert "first a reference" in other.out, "a reference of three layers is none for two"
+
+
+def test_a_head_writes_no_texts(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "run", tmp_path / "run")
+    shutil.copy(root / "recipe.yaml", tmp_path / "recipe.yaml")
+    ended = quickstart(tmp_path / "run", "train.on_policy.share=0.5", "--redo", "train")
+    assert ended.code == 2
+    assert "drafter.kind=standalone" in ended.err
 
 
 def test_running_it_again_does_nothing(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""The heads that a recipe can ask for: what each reads, how it begins, and the objective that trains it."""
+"""The drafters that a recipe can ask for: what each reads, how it begins, and the objective that trains it."""
 
 from __future__ import annotations
 
@@ -9,23 +9,31 @@ import torch
 from draftsmith.drafters.eagle import Eagle, eagle_options
 from draftsmith.drafters.eagle3 import Eagle3, auxiliary_layers, eagle3_options
 from draftsmith.drafters.head import Head
+from draftsmith.drafters.standalone import Standalone
 from draftsmith.foundation import seeding
 from draftsmith.numerics import losses
 from draftsmith.target.model import HFTarget
 from draftsmith.target.protocol import FeatureSpec, TargetSpec
 from draftsmith.target.vocabulary import VocabMap
 from draftsmith.training.objectives.base import Objective
+from draftsmith.training.objectives.distillation import DistillationObjective
 from draftsmith.training.objectives.eagle import EagleLossOptions, EagleObjective
 from draftsmith.training.objectives.eagle3 import Eagle3Objective
 from draftsmith.training.objectives.hass import HassLossOptions, HassObjective
 from draftsmith.training.options import TrainOptions
 
-Kind = Literal["eagle3", "eagle", "hass"]
-TITLES: dict[Kind, str] = {"eagle3": "EAGLE-3", "eagle": "EAGLE-2", "hass": "HASS"}
+Kind = Literal["eagle3", "eagle", "hass", "standalone"]
+TITLES: dict[Kind, str] = {
+    "eagle3": "EAGLE-3",
+    "eagle": "EAGLE-2",
+    "hass": "HASS",
+    "standalone": "standalone draft",
+}
+Trained = Head | Standalone
 
 
 def reads(kind: Kind, layers: tuple[int, ...] | None, spec: TargetSpec) -> FeatureSpec:
-    """The target's states that training a head takes, the teacher's among them.
+    """The target's states that training takes, the teacher's among them.
 
     Raises:
         ValueError: as `auxiliary_layers`.
@@ -78,15 +86,25 @@ def fresh_head(kind: Kind, target: HFTarget, vocab: VocabMap, layers: tuple[int,
 
 
 def objective(
-    kind: Kind, head: Head, target: HFTarget, o: TrainOptions, eagle: EagleLossOptions, hass: HassLossOptions
+    kind: Kind,
+    head: Trained,
+    target: HFTarget,
+    o: TrainOptions,
+    eagle: EagleLossOptions,
+    hass: HassLossOptions,
+    chain: int = 1,
 ) -> Objective:
-    """What trains a head of `fresh_head`."""
+    """What trains a head of `fresh_head`, or a standalone draft; `chain`: tokens that it will draft in a round."""
     survival = "survival" in o.weights.build().needs
+    judge = None if o.judge is None else losses.by_name(o.judge)
+    if isinstance(head, Standalone):
+        teacher = target.output_rows(None if head.vocab.is_identity else head.vocab.target_ids)
+        return DistillationObjective(head, teacher, losses.by_name(o.loss), judge, chain if survival else 0)
     if isinstance(head, Eagle3):
         teacher = target.output_rows(head.vocab.target_ids)
         loss = losses.by_name(o.loss)
         steps = (o.unroll_steps, o.step_decay, o.detach_steps, o.checkpoint_steps)
-        return Eagle3Objective(head, teacher, loss, *steps, survival=survival)
+        return Eagle3Objective(head, teacher, loss, *steps, survival=survival, judge=judge)
     assert isinstance(head, Eagle)
     if kind == "hass":
         return HassObjective(head, hass, survival=survival)

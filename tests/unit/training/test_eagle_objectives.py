@@ -20,6 +20,7 @@ from draftsmith.drafters.unrolled import StepOut
 from draftsmith.evaluation import metrics
 from draftsmith.evaluation.replayed import replay, stored_answer
 from draftsmith.target.vocabulary import VocabMap
+from draftsmith.training.objectives.base import compared
 from draftsmith.training.objectives.eagle import EagleLossOptions, EagleObjective, collated, disturbed
 from draftsmith.training.objectives.hass import HassLossOptions, HassObjective
 from draftsmith.training.objectives.taught import Taught
@@ -123,6 +124,18 @@ def test_the_losses_are_those_of_each_chain_alone(source: FeatureStore, kind: st
                     compared += 1
     assert compared > (120 if kind == "hass" else 60)
     assert all(found.values()), "every step has some that count"
+
+
+@pytest.mark.parametrize("kind", ["eagle", "hass"])
+def test_rows_are_compared_by_their_token_loss_in_both_terms(source: FeatureStore, kind: str) -> None:
+    """Feature and token terms of a step keep the same rows of a reference's: those of the token loss."""
+    objective = objective_of(kind, tiny_eagle(vocab=PART), noise=0.0)
+    with torch.no_grad():
+        terms = list(objective.losses(objective.collate([[source[i] for i in source.ids]], CPU), (0, 7)))
+    tokens = {term.step: term.values for term in terms if term.name == "tokens"}
+    assert len(terms) == 2 * len(tokens)
+    for term in terms:
+        assert torch.equal(compared(term), tokens[term.step])
 
 
 def dense_hass(head: Eagle, sample: StoredSample, steps: int) -> list[Tensor]:

@@ -15,11 +15,12 @@ from draftsmith.drafters.base import Frontier
 from draftsmith.drafters.eagle3 import Eagle3
 from draftsmith.drafters.unrolled import StepOut
 from draftsmith.foundation.errors import UserError
-from draftsmith.numerics.losses import forward_kl
+from draftsmith.numerics.losses import forward_kl, total_variation
 from draftsmith.target.model import HFTarget
 from draftsmith.target.protocol import FeatureSpec
 from draftsmith.target.vocabulary import VocabMap
 from draftsmith.training.batches import collate
+from draftsmith.training.objectives.base import compared
 from draftsmith.training.objectives.eagle3 import Eagle3Objective
 from tests.tiny import END, VOCAB, NoTokenizer, tiny_head, tiny_target
 from tests.unit.training.stored import WANT, random_samples, stored
@@ -262,6 +263,22 @@ def test_what_token_weights_look_at(source: FeatureStore) -> None:
             assert float(facts.survival[n]) == pytest.approx(expected, rel=1e-3, abs=1e-6)
             compared += term.step > 0
     assert compared > 20
+
+
+def test_rows_may_be_judged_by_another_divergence_than_is_trained(source: FeatureStore) -> None:
+    head = tiny_head(vocab=PART)
+    trained, judging = (
+        Eagle3Objective(head, teacher_weight(PART), loss, STEPS, judge=judge)
+        for loss, judge in ((total_variation, forward_kl), (forward_kl, None))
+    )
+    rows = [[source[i] for i in source.ids]]
+    with torch.no_grad():
+        both = zip(
+            trained.losses(trained.collate(rows, CPU), ()), judging.losses(judging.collate(rows, CPU), ()), strict=True
+        )
+        for one, other in both:
+            assert torch.equal(compared(one), other.values)
+            assert not torch.equal(one.values, other.values)
 
 
 @torch.inference_mode()

@@ -18,16 +18,18 @@ from draftsmith.evaluation.replayed import stored_answer
 from draftsmith.foundation import artefacts
 from draftsmith.foundation.errors import StaleError
 from draftsmith.numerics.losses import by_name, forward_kl
+from draftsmith.target.vocabulary import VocabMap
 from draftsmith.training import reference, trainer
 from draftsmith.training.account import Before
 from draftsmith.training.dev import Dev
-from draftsmith.training.objectives.base import Objective
+from draftsmith.training.objectives.base import Objective, compared
 from draftsmith.training.objectives.distillation import DistillationObjective
 from draftsmith.training.objectives.eagle3 import Eagle3Objective
+from draftsmith.training.objectives.hass import HassLossOptions, HassObjective
 from draftsmith.training.options import TrainOptions
 from draftsmith.training.reference import WithReference, store_losses
 from draftsmith.training.trainer import train
-from tests.tiny import tiny_draft, tiny_head, tiny_target
+from tests.tiny import VOCAB, tiny_draft, tiny_eagle, tiny_head, tiny_target
 from tests.unit.training.stored import answered, random_samples, stored
 
 CPU = torch.device("cpu")
@@ -54,7 +56,11 @@ def head_objective(seed: int) -> Eagle3Objective:
     return Eagle3Objective(tiny_head(seed=seed), weight(), forward_kl, steps=3, step_decay=0.8)
 
 
-@pytest.mark.parametrize("made", [lambda: distilled(tiny_draft("llama", 4)), lambda: head_objective(3)])
+def hass_objective() -> HassObjective:
+    return HassObjective(tiny_eagle(vocab=VocabMap.identity(VOCAB)), HassLossOptions(noise=0.0, first_phase=5))
+
+
+@pytest.mark.parametrize("made", [lambda: distilled(tiny_draft("llama", 4)), lambda: head_objective(3), hass_objective])
 def test_stored_losses_are_the_references_own_at_every_step(store: FeatureStore, tmp_path: Path, made: Any) -> None:
     """However the samples are packed later; for heads at each unrolled step."""
     judge: Objective = made()
@@ -64,9 +70,9 @@ def test_stored_losses_are_the_references_own_at_every_step(store: FeatureStore,
     samples = [s for s in source.fetch(names, 0) if judge.teaches(s)]
     seen = 0
     for rows in ([samples[:4], samples[4:]], [[s] for s in samples]):
-        for term in judge.losses(judge.collate(rows, CPU), ("x",)):
+        for term in judge.losses(judge.collate(rows, CPU), ("x", 9)):
             assert term.facts.reference_losses is not None
-            torch.testing.assert_close(term.facts.reference_losses, term.values.detach(), atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(term.facts.reference_losses, compared(term).detach(), atol=1e-5, rtol=1e-4)
             seen += len(term.values)
     assert seen > 100
     cost = artefacts.read_json(tmp_path / "losses" / "cost.json")
@@ -207,6 +213,9 @@ def test_a_reference_is_trained_plainly_once_and_charged(store: FeatureStore, tm
     run(store, plain, tmp_path / "plain", EXACT)
     for one, other in zip(load(tmp_path / "reference").parameters(), plain.parameters(), strict=True):
         assert torch.equal(one, other)
+    model, start = load(tmp_path / "reference").model, tiny_draft("llama", 2).model
+    assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert not torch.equal(model.get_input_embeddings().weight, start.get_input_embeddings().weight)
     (term,) = distilled(plain).losses(distilled(plain).collate([[s] for s in source.fetch(names, 0)], CPU), ())
     torch.testing.assert_close(term.facts.reference_losses, term.values.detach(), atol=1e-5, rtol=1e-4)
     again, twice = reference.trained(fresh, load, objective_of, store, names, dev, o, tmp_path, {"of": "x"})

@@ -76,9 +76,11 @@ class EagleObjective:
         o = self.options
         for out in self.head.unroll(disturbed(batch, o.noise, draw).unroll, 1):
             rows = Taught(self.head, self.head.output, batch.rows, out, self.block_rows)
-            facts = rows.facts(torch.ones_like(batch.rows.samples, dtype=torch.float32))  # a first token is reached
+            tokens = rows.tokens(soft_cross_entropy)
+            reached = torch.ones_like(batch.rows.samples, dtype=torch.float32)  # a first token is
+            facts = rows.facts(reached, judged=tokens)
             yield StepLosses("feature", 0, o.feature_weight, rows.feature(), facts)
-            yield StepLosses("tokens", 0, o.token_weight, rows.tokens(soft_cross_entropy), facts)
+            yield StepLosses("tokens", 0, o.token_weight, tokens, facts)
 
 
 def collated(rows: Sequence[Sequence[StoredSample]], steps: int, device: torch.device) -> EagleBatch:

@@ -36,6 +36,7 @@ class Eagle3Objective:
         checkpoint_steps: compute each step again in the backward pass.
         survival: whether token weights ask for the chance that a draft's earlier tokens are accepted, another pass
             through the head.
+        judge: the divergence that token weights compare with a reference's; none: D.
         block_rows: rows of one block of logits; default: what 64 MiB hold.
     """
 
@@ -47,6 +48,7 @@ class Eagle3Objective:
     detach_steps: bool = False
     checkpoint_steps: bool = False
     survival: bool = False
+    judge: Loss | None = None
     block_rows: int | None = None
 
     @property
@@ -64,7 +66,11 @@ class Eagle3Objective:
         for out in self.head.unroll(batch.unroll, self.steps, self.detach_steps, self.checkpoint_steps):
             rows = self.taught(out, batch)
             values, _ = self.token_losses(out, batch)
-            yield StepLosses("kl", out.step, self.step_decay**out.step, values, rows.facts(survival))
+            judged = None
+            if self.judge is not None:
+                with torch.no_grad():
+                    judged = rows.tokens(self.judge)
+            yield StepLosses("kl", out.step, self.step_decay**out.step, values, rows.facts(survival, judged))
             if survival is not None and out.step + 1 < self.steps:
                 rows.survived(survival)
 

@@ -83,8 +83,9 @@ class HassObjective:
         for out in self.head.unroll(unroll, o.steps, o.detach_steps, o.checkpoint_steps):
             weight = o.step_decay**out.step / o.steps
             rows = Taught(self.head, self.head.output, batch.rows, out, self.block_rows)
-            facts = rows.facts(survival)
+            tokens = rows.tokens(distilled)
+            facts = rows.facts(survival, judged=tokens)
             yield StepLosses("feature", out.step, weight * o.feature_weight, rows.feature(), facts)
-            yield StepLosses("tokens", out.step, weight, rows.tokens(distilled), facts)
+            yield StepLosses("tokens", out.step, weight, tokens, facts)
             if survival is not None and out.step + 1 < o.steps:
                 rows.survived(survival)

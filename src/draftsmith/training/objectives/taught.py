@@ -48,8 +48,9 @@ class Taught:
         """Σ min(p, q), the mass outside the draft vocabulary lost, `[N]`: another pass through the head."""
         return 1.0 - self.tokens(total_variation)
 
-    def facts(self, survival: Tensor | None = None) -> RowFacts:
-        """What token weights may look at. `survival [R, Q]`: the chance that a draft's earlier tokens are accepted."""
+    def facts(self, survival: Tensor | None = None, judged: Tensor | None = None) -> RowFacts:
+        """What token weights may look at. `survival [R, Q]`: the chance that a draft's earlier tokens are accepted;
+        `judged [N]`: the loss that is compared with a reference's, for all terms of a step."""
         log_norm = self.batch.statistics.get("log_norm")
         reference = self.batch.statistics.get(f"{REFERENCE}{self.step}")
         flatness = None
@@ -60,6 +61,7 @@ class Taught:
             flatness=flatness,
             reference_losses=None if reference is None else reference[self._row, self._place],
             survival=None if survival is None else survival[self._row, self._start],
+            judged=None if judged is None else judged.detach(),
             places=self.batch.unroll.positions[self._row, self._place],
         )
 
