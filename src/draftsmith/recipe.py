@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
+from draftsmith.data.benchmarks import BENCHMARKS
 from draftsmith.data.features import PassOptions
 from draftsmith.data.regenerate import RegenerateOptions
 from draftsmith.decoding.growth import GrowthOptions
@@ -54,7 +55,18 @@ class DataOptions(Options):
     keep_answers: bool = Field(
         default=False, description="train on the answers in the file instead of the target's own"
     )
+    posed_as: str | None = Field(
+        default=None,
+        description="put a file's bare problems as those of this benchmark are (gsm8k, svamp, math-500, …)",
+    )
     seed: int = 0
+
+    @field_validator("posed_as")
+    @classmethod
+    def _known(cls, posed_as: str | None) -> str | None:
+        if posed_as is not None and posed_as not in BENCHMARKS:
+            raise ValueError(f"there is no benchmark {posed_as!r}: choose {', '.join(BENCHMARKS)}")
+        return posed_as
 
     @field_validator("train")
     @classmethod
@@ -66,9 +78,17 @@ class DataOptions(Options):
 
     @model_validator(mode="after")
     def _every_set(self) -> Self:
+        if self.posed_as and self.path is None:
+            raise ValueError("posed_as is for the problems of a file: give data.path, or leave it out")
         if isinstance(self.train, dict) and self.path is None and self.train.keys() != set(self.sets):
             raise ValueError(f"train: give a number for each of the sets {', '.join(self.sets)}, and no other")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What is not said changes no result and is in no fingerprint.
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name != "posed_as" or value is not None}
 
     def counts(self) -> dict[str, tuple[int, int, int]]:
         """How many train, dev and test prompts are taken of each set; the user's own prompts are one set."""

@@ -13,6 +13,7 @@ import torch
 
 from draftsmith.data import features as feature_store
 from draftsmith.data import regenerate as regeneration
+from draftsmith.data.benchmarks import posed
 from draftsmith.data.conversations import Conversation, from_row, read_conversations, to_row
 from draftsmith.data.features import FeatureStore
 from draftsmith.data.online import OnlineSource
@@ -71,7 +72,8 @@ def prompts(run: Run, out: Path, identity: Identity) -> None:
             if quarantine.rows:
                 quarantine.write(scratch / "quarantine.jsonl")
                 console.warn(f"{quarantine}; they are listed in {out / 'quarantine.jsonl'}")
-            parts = _parted(found, o.counts()[o.path], o.seed, o.path)
+            problems = posed(found, o.posed_as) if o.posed_as else found
+            parts = _parted(problems, o.counts()[o.path], o.seed, o.path)
         for split, rows in parts.items():
             artefacts.write_jsonl(scratch / f"{split}.jsonl", (to_row(c) for c in rows))
         console.say(", ".join(f"{len(parts[split])} {split}" for split in SPLITS) + " prompts")

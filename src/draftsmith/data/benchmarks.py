@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -152,8 +152,13 @@ def load_benchmark(name: str, limit: int | None = None, seed: int = 0) -> list[C
     found = _local(benchmark) or list(_fetched(base, benchmark))
     if category:
         found = _of_category(found, base, category)
-    wrapped = [replace(c, messages=tuple(_wrapped(m, benchmark) for m in c.messages)) for c in _unanswered(found)]
-    return subset(wrapped, limit, seed, "benchmark", name)
+    return subset(posed(_unanswered(found), base), limit, seed, "benchmark", name)
+
+
+def posed(problems: Sequence[Conversation], name: str) -> list[Conversation]:
+    """Bare problems put as those of the benchmark `name` are: to train on the like of what will be measured."""
+    benchmark = BENCHMARKS[name]
+    return [replace(c, messages=tuple(_wrapped(m, benchmark) for m in c.messages)) for c in problems]
 
 
 def _local(benchmark: Benchmark) -> list[Conversation]:

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
-from draftsmith.data.benchmarks import BENCHMARKS, load_benchmark
-from draftsmith.data.conversations import Message
+from draftsmith import stages
+from draftsmith.data.benchmarks import BENCHMARKS, load_benchmark, posed
+from draftsmith.data.conversations import Conversation, Message
 from draftsmith.foundation.errors import UserError
+from draftsmith.recipe import DataOptions, Recipe
 
 REAL = os.environ.get("DRAFTSMITH_DATA")
 
@@ -226,3 +228,27 @@ def test_the_real_files() -> None:
     assert all(len(c.messages) == 3 for c in load_benchmark("mt-bench"))
     assert load_benchmark("gsm8k")[0].reference == "18"
     assert load_benchmark("svamp")[0].messages[0].content.startswith("Each pack of dvds costs 76 dollars. If there")
+
+
+def test_training_problems_are_put_as_the_benchmark_puts_its_own(folder: Path) -> None:
+    written(folder / BENCHMARKS["gsm8k"].file, [problem("a", "1 + 1?")])
+    solved = Conversation("b", (Message("user", "1 + 1?"), Message("assistant", "1 + 1?")), reference="2")
+    found = posed([solved], "gsm8k")
+    assert found[0].messages[0] == load_benchmark("gsm8k")[0].messages[0]
+    assert found[0].messages[1] == solved.messages[1], "an answer is no problem"
+    assert (found[0].id, found[0].reference) == ("b", "2")
+
+
+def test_a_recipe_says_how_a_files_problems_are_put(tmp_path: Path) -> None:
+    rows = [problem(str(i), f"{i} + 1?") for i in range(12)]
+    given = {"path": str(written(tmp_path / "sums.jsonl", rows)), "train": 4, "dev": 2, "test": 2}
+    put = Recipe(data=DataOptions(**given, posed_as="svamp"))
+    stages.prompts(SimpleNamespace(recipe=put), tmp_path / "prompts", {})  # type: ignore[arg-type]
+    train = (tmp_path / "prompts" / "train.jsonl").read_text().splitlines()
+    assert len(train) == 4
+    assert all("+ 1?\\n\\nSolve the problem" in line for line in train)
+    assert "posed_as" not in DataOptions(**given).model_dump(), "runs from before the option must not become stale"
+    with pytest.raises(ValueError, match="there is no benchmark 'gsm9k'"):
+        DataOptions(**given, posed_as="gsm9k")
+    with pytest.raises(ValueError, match="give data.path"):
+        DataOptions(posed_as="gsm8k")
