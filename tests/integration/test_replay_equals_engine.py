@@ -16,6 +16,7 @@ from draftsmith.decoding.trace import Generation
 from draftsmith.drafters.base import Drafter
 from draftsmith.drafters.head import Head
 from draftsmith.drafters.unrolled import UnrollBatch
+from draftsmith.evaluation.replayed import replay
 from draftsmith.target.protocol import FeatureSpec
 from draftsmith.target.replay import ReplayTarget, StoredAnswer
 from draftsmith.target.sampling import Sampling
@@ -124,3 +125,16 @@ def test_replay_goes_through_the_engines_rounds(name: str, growth: str, kind: st
     assert accepted >= {0, 1, 2, 3}, f"only depths {accepted} were accepted"
     if name == "sampled":
         assert {g.finish for g in decoded} == {"stop", "length"}
+
+
+@pytest.mark.parametrize("growth", GROWTHS)
+def test_a_replay_knows_that_a_complete_answer_had_room(growth: str) -> None:
+    """`replay` is told no limit; up to the last token its trees are those of the engine that had one far away."""
+    asked, plain, stored = answers("sampled")
+    rows = [b for b in range(COUNT) if stored[b].complete and len(plain[b].token_ids) < NEW - 6]
+    assert len(rows) >= 3
+    for b in rows:
+        drafter = drafter_of("eagle3", "sampled", [b])
+        engine = Engine(tiny_target(KIND), Single(drafter, GROWTHS[growth]))
+        decoded = engine.generate([asked[b]], SAMPLINGS["sampled"], NEW, requests=[b])
+        assert counted(replay(Single(drafter, GROWTHS[growth]), tiny_target(KIND).spec, [stored[b]])) == counted(decoded)

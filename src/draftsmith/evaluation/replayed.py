@@ -39,6 +39,7 @@ def replay(
     """The rounds in which the engine would write these answers: in exact arithmetic those of decoding them anew.
 
     A composition that learns from one request for the next (`hedging.carries`) gets them one by one in their order.
+    A complete answer is taken to have had room behind its end, so the last trees are as deep as any.
     `device` is where the drafters are, the CPU by default.
     """
     order = sorted(range(len(answers)), key=lambda i: -len(answers[i].ids))
@@ -50,7 +51,8 @@ def replay(
         chosen = [answers[i] for i in group]
         target = ReplayTarget(spec, chosen, device)
         prompts = [list(a.ids[: a.prompt_length]) for a in chosen]
-        limits = [len(a.ids) - a.prompt_length for a in chosen]
+        behind = [composition.budget if a.complete and a.ids[-1] in spec.eos_ids else 0 for a in chosen]
+        limits = [len(a.ids) - a.prompt_length + more for a, more in zip(chosen, behind, strict=True)]
         for i, generation in zip(group, Engine(target, composition).generate(prompts, None, limits), strict=True):
             found[i] = generation
     return [found[i] for i in range(len(answers))]
