@@ -140,8 +140,8 @@ def bench(
     baselines: Annotated[
         list[str] | None,
         typer.Option(
-            help="Others beside them, by commas: prompt-lookup, transformers, transformers-prompt-lookup, "
-            "assisted=FOLDER, name=http://… (name-plain=… is what name is compared with)."
+            help="Others beside them, by commas: prompt-lookup, transformers, transformers-prompt-lookup[:TOKENS], "
+            "assisted[:TOKENS]=FOLDER, name=http://… (name-plain=… is what name is compared with)."
         ),
     ] = None,
     prompts: Annotated[int | None, typer.Option(min=1, help="Prompts of each benchmark at most.")] = None,

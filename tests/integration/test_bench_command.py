@@ -57,25 +57,29 @@ def test_benchmarks_drafters_and_baselines(root: Path, tmp_path: Path, monkeypat
     out = tmp_path / "out"
     arguments = [
         *("--benchmark", f"gsm8k,{root / 'mine.jsonl'}", "--drafters", f"head={root / 'drafter'}"),
-        *("--baselines", f"prompt-lookup,transformers-prompt-lookup,assisted={root / 'target'}"),
+        *("--baselines", "prompt-lookup,transformers-prompt-lookup,transformers-prompt-lookup:2"),
+        *("--baselines", f"assisted={root / 'target'},assisted:1={root / 'target'}"),
         *("--temperatures", "0,1", "--assistant-tokens", 3),
     ]
     ended = bench(root, out, *arguments)
     assert ended.code == 0, ended.err
     found = read_summary(out / "summary.json").results
     who = {"head", "prompt-lookup", "transformers", "transformers-prompt-lookup", "assisted"}
+    who |= {"transformers-prompt-lookup:2", "assisted:1"}
     assert {(r.set, r.temperature, r.drafters) for r in found} == {
         (name, t, w) for name in ("gsm8k", "mine") for t in (0.0, 1.0) for w in who
     }
     by_name = {(r.set, r.drafters): r for r in found if not r.temperature}
     assert by_name["gsm8k", "assisted"].compared_with == "transformers"
     assert by_name["gsm8k", "assisted"].acceptance_length > 2, "the target itself assists: all is accepted"
+    assert 1 < by_name["gsm8k", "assisted:1"].acceptance_length <= 2, "one token is drafted in a round"
+    assert by_name["gsm8k", "transformers-prompt-lookup:2"].node_budget == 2
     assert by_name["gsm8k", "head"].graded == 2
     assert by_name["mine", "head"].prompts == 2, "two turns"
     assert "answers are right" in ended.out
     assert json.loads((out / "provenance.json").read_text(encoding="utf-8"))["facts"]["Prompts"] == "gsm8k, mine"
     rows = list(artefacts.read_jsonl(out / "bench.jsonl"))
-    assert len(rows) == 4 * 2 * 6
+    assert len(rows) == 4 * 2 * 8
     # again: everything is there
     before = (out / "bench.jsonl").read_bytes()
     assert bench(root, out, *arguments).code == 0

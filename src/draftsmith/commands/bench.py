@@ -35,7 +35,7 @@ from draftsmith.target.vocabulary import VocabMap
 
 ROWS, SUMMARY = "bench.jsonl", "summary.json"
 LOOKUP, THEIR_LOOKUP, ASSISTED = "prompt-lookup", "transformers-prompt-lookup", "assisted"
-BASELINES = (LOOKUP, TRANSFORMERS, THEIR_LOOKUP, f"{ASSISTED}=FOLDER", "NAME=http://…")
+BASELINES = (LOOKUP, TRANSFORMERS, f"{THEIR_LOOKUP}[:TOKENS]", f"{ASSISTED}[:TOKENS]=FOLDER", "NAME=http://…")
 
 
 @dataclass(frozen=True)
@@ -165,21 +165,23 @@ def peers(
     wanted = _split(baselines)
     servers = [one.partition("=")[0] for one in wanted if "://" in one]
     modes: list[Mode] = []
-    theirs = any(one == THEIR_LOOKUP or one.startswith(f"{ASSISTED}=") for one in wanted)
+    theirs = any(re.match(rf"({THEIR_LOOKUP}|{ASSISTED})[:=]|{THEIR_LOOKUP}$", one) for one in wanted)
     if theirs and TRANSFORMERS not in wanted:
         wanted.insert(0, TRANSFORMERS)  # what they are compared with
     for one in wanted:
         name, equals, value = one.partition("=")
+        kind, tokens = _setting(name)
         if one == LOOKUP:
             vocab = VocabMap.identity(target.spec.vocab_size)
             drafter = NgramDrafter(NgramOptions(guess=False), vocab)
             compositions[LOOKUP] = Single(drafter, GrowthOptions().build())
         elif one == TRANSFORMERS:
             modes.append(TransformersMode(TRANSFORMERS, target))
-        elif one == THEIR_LOOKUP:
-            modes.append(TransformersMode(THEIR_LOOKUP, target, lookup=True))
-        elif name == ASSISTED and equals and value:
-            modes.append(TransformersMode(ASSISTED, target, assistant=_assistant(value), draft_tokens=assistant_tokens))
+        elif kind == THEIR_LOOKUP and not equals:
+            modes.append(TransformersMode(name, target, lookup=True, draft_tokens=tokens))
+        elif kind == ASSISTED and equals and value:
+            drafted = tokens or assistant_tokens
+            modes.append(TransformersMode(name, target, assistant=_assistant(value), draft_tokens=drafted))
         elif "://" in one:
             label, url = (name, value) if equals and "://" not in name else ("server", one)
             # a server without speculation, called NAME-plain, is what NAME is compared with
@@ -198,6 +200,12 @@ def accuracy(results: Sequence[Result]) -> list[str]:
         for r in results
         if r.graded and r.accuracy is not None and r.plain_accuracy is not None
     ]
+
+
+def _setting(name: str) -> tuple[str, int | None]:
+    """`assisted:4` → (`assisted`, 4): tokens drafted in a round; None where that is left open."""
+    kind, colon, tokens = name.partition(":")
+    return (kind, int(tokens)) if colon and tokens.isdecimal() and int(tokens) else (name, None)
 
 
 def _assistant(given: str) -> Path:
