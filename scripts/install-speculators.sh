@@ -27,4 +27,4 @@ print("torch==2.13.0\ntransformers==5.19.0")
 PYTHON
 "$environment/bin/pip" install --quiet --requirement "$downloads/requirements.txt"
 "$environment/bin/pip" install --quiet --no-deps "$downloads"/speculators-*.whl
-"$environment/bin/python" -c 'import speculators; print("speculators", speculators.__version__, "is ready")'
+"$environment/bin/python" -c 'import speculators; print("speculators is ready")'
