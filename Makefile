@@ -1,9 +1,11 @@
 # Every target makes the environment itself. PYTHON chooses the interpreter (3.11 or later), VENV the environment's folder,
-# WORKERS the number of test processes, VLLM the environment of `make interop`.
+# WORKERS the number of test processes, VLLM the environment of `make interop`, HEAD the EAGLE-3 export that it serves
+# (the quick start's where there is one, else a head fitted on the spot).
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 VLLM ?= .venv-vllm
+HEAD ?= $(wildcard runs/quickstart/export/vllm)
 BIN := $(VENV)/bin
 PINS := pyproject.toml constraints.txt
 
@@ -31,11 +33,11 @@ test: $(VENV)/.installed
 test-slow: $(VENV)/.installed
 	$(TEST_ENV) $(BIN)/python -m pytest -q -m slow
 
-# DRAFTSMITH_DATA names a folder with benchmarks, DRAFTSMITH_INTEROP_HEAD a trained export (tests/interop/test_vllm.py).
+# DRAFTSMITH_DATA names a folder with benchmarks (GSM8K; made word problems without it), DRAFTSMITH_LLAMA_CPP llama.cpp's.
 interop: $(VENV)/.installed $(VENV)/.smollm2 $(VLLM)/.installed
 	rm -f build/interop.json
 	$(TEST_ENV) DRAFTSMITH_VLLM=$(VLLM)/bin/python DRAFTSMITH_INTEROP_OUT=$(CURDIR)/build/interop.json \
-	  $(BIN)/python -m pytest -q -m interop -rs tests/interop
+	  DRAFTSMITH_INTEROP_HEAD=$(HEAD) $(BIN)/python -m pytest -q -m interop -rs tests/interop
 	@echo "figures: build/interop.json"
 
 lint: $(VENV)/.installed

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from draftsmith.data.benchmarks import load_benchmark
+from draftsmith.data.prompts import make_prompts
 from draftsmith.decoding.engine import Engine
 from draftsmith.drafters.checkpoint import Saved
 from draftsmith.export.adapter import drafter_of
@@ -20,16 +21,6 @@ from tests.interop import fitted
 from tests.interop.servers import MAX_TOKENS, PROMPTS, by_vllm
 
 DRAFT_VOCABULARY = 4096
-OWN = [
-    "A baker makes 12 loaves an hour for 3 hours and sells 20 of them. How many loaves are left?",
-    "Tom has 5 boxes with 8 pencils each. He gives away 13 pencils. How many does he have now?",
-    "A train travels 60 miles in 1.5 hours. What is its speed in miles per hour?",
-    "Lena reads 15 pages a day. How many days does she need for a book of 240 pages?",
-    "A shirt costs $24 and is sold at half the price. What do three shirts cost?",
-    "There are 30 pupils in a class, 18 of them girls. How many boys are there?",
-    "What is the capital of France, and what is it known for?",
-    "Name three things that float on water.",
-]
 
 
 @dataclass(frozen=True)
@@ -50,10 +41,10 @@ class Setting:
 def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
     folder = os.environ.get("DRAFTSMITH_INTEROP_TARGET") or str(gguf.convert(gguf.smollm2(), gguf.cache_root()))
     target = load_target(folder, dtype="float32", device="cpu")
-    texts = OWN
-    if os.environ.get("DRAFTSMITH_DATA"):
-        texts = [c.messages[0].content for c in load_benchmark("gsm8k", PROMPTS)]
-    prompts = [chat.prompt_ids(target.tokenizer, [{"role": "user", "content": text}]) for text in texts[:PROMPTS]]
+    known = os.environ.get("DRAFTSMITH_DATA")
+    asked = load_benchmark("gsm8k", PROMPTS) if known else make_prompts("word-problems", "test", PROMPTS, 0)
+    prompts = [chat.prompt_ids(target.tokenizer, conversation.messages) for conversation in asked]
+    assert len(prompts) == PROMPTS
     return Setting(folder, target, prompts, tmp_path_factory.mktemp("servers"))
 
 

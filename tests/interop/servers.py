@@ -108,6 +108,8 @@ def figures(name: str, found: Mapping[str, Any]) -> None:
         "command": "make interop",
         "date": time.strftime("%Y-%m-%d"),
         "target": "SmolLM2-135M-Instruct (Q4_1, de-quantised), float32",
+        "prompts": "GSM8K, test set" if os.environ.get("DRAFTSMITH_DATA") else "made word problems",
+        "eagle3_head": os.environ.get("DRAFTSMITH_INTEROP_HEAD") or "fitted (tests/interop/fitted.py)",
         "decoding": f"greedy, chain of {CHAIN}, {MAX_TOKENS} new tokens, one prompt at a time",
         "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
         "versions": versions(),

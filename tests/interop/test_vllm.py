@@ -3,7 +3,7 @@
     make interop
 
 `DRAFTSMITH_INTEROP_TARGET` names another folder than SmolLM2's, `DRAFTSMITH_DATA` a folder with `eval_gsm8k_test.jsonl`
-(without it a few prompts of the same kind), `DRAFTSMITH_INTEROP_PROMPTS` how many, `DRAFTSMITH_INTEROP_HEAD` a trained
+(without it made word problems), `DRAFTSMITH_INTEROP_PROMPTS` how many, `DRAFTSMITH_INTEROP_HEAD` a trained
 export in place of the fitted head; figures are written to `DRAFTSMITH_INTEROP_OUT` where that is given.
 """
 
