@@ -119,7 +119,12 @@ def bench(
     recipe: RecipeName = None,
     target: Target = None,
     data: Data = None,
-    server: Server = None,
+    server: Annotated[
+        str | None,
+        typer.Option(
+            help="With --benchmark a server to measure too, short for --baselines server=…; else as elsewhere."
+        ),
+    ] = None,
     benchmark: Annotated[
         list[str] | None,
         typer.Option(
@@ -166,13 +171,13 @@ def bench(
     from draftsmith.commands import bench as measuring
     from draftsmith.commands import stage
 
-    assigned = stage.assignments(overrides, target, data, server)
+    assigned = stage.assignments(overrides, target, data, None if benchmark else server)
     given = {"prompts": prompts, "max_new_tokens": max_new_tokens, "batch": batch, "repeats": repeats, "seed": seed}
     wanted = measuring.Asked(
         benchmark or [],
         drafters or [],
         compose or [],
-        baselines or [],
+        [*(baselines or []), *([f"server={server}"] if benchmark and server else [])],
         assistant_tokens,
         {**given, "temperatures": measuring.numbers(temperatures)},
     )

@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import draftsmith
 from draftsmith import cli
+from draftsmith.commands import bench as measuring
+from draftsmith.commands import stage
 from draftsmith.foundation.errors import StaleError, UserError
 
 
@@ -44,3 +47,14 @@ def test_wrong_input_is_one_sentence_and_code_2(
     captured = capsys.readouterr()
     assert captured.err == "error: recipe.yaml:3: train.stpes is no option; did you mean train.steps?\n"
     assert captured.out == ""
+
+
+def test_bench_measures_a_server_beside_a_benchmark(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--server` is the writer of answers everywhere else, and with `--benchmark` something to measure."""
+    opened: list[object] = []
+    asked: list[measuring.Asked] = []
+    monkeypatch.setattr(stage, "opened", lambda run, recipe, assigned: opened.append(list(assigned)))
+    monkeypatch.setattr(measuring, "bench", lambda run, wanted, out, redo: asked.append(wanted) or [])
+    given = ["bench", "--benchmark", "gsm8k", "--baselines", "server-plain=http://b:1", "--server", "http://a:1"]
+    assert CliRunner().invoke(cli.app, given).exit_code == 0
+    assert (opened, asked[0].baselines) == ([[]], ["server-plain=http://b:1", "server=http://a:1"])

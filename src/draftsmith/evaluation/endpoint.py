@@ -76,6 +76,13 @@ def read_counters(text: str) -> Counters | None:
     )
 
 
+def even_counters(drafted: int, accepted: int, tokens: int) -> Counters:
+    """Counters with these totals over an answer of `tokens` tokens, the accepted ones spread evenly over its rounds."""
+    drafts = max(1, tokens - 1 - accepted)
+    depth, more = divmod(accepted, drafts)
+    return Counters(drafts, drafted, accepted, (*[drafts] * depth, more))
+
+
 def rounds_of(counters: Counters, tokens: int, context: int, milliseconds: float) -> list[Round]:
     """Rounds with these counts, for an answer of `tokens` tokens of which the first is the prefill's.
 
@@ -153,6 +160,7 @@ class EndpointMode:
     def _ask(self, question: Asked, sampling: Sampling, max_new_tokens: int) -> Decoded:
         body = request_body(self.model, question, sampling, max_new_tokens)
         body |= {"stream": True, "stream_options": {"include_usage": True}}
+        body.pop("n_probs", None)  # probabilities cost time, and their ids are not what a stream is read for
         heard = _Heard()
         started = time.perf_counter()
         for piece in self._pieces(body):
@@ -163,7 +171,11 @@ class EndpointMode:
         ids = answer.token_ids
         first_ms = heard.times[0] if heard.times else total
         finish: Literal["stop", "length"] = "stop" if answer.complete else "length"
-        rounds = heard.rounds(len(question.prompt_ids), len(ids))
+        if heard.drafted:
+            counted = even_counters(heard.drafted, heard.accepted, len(ids))
+            rounds = rounds_of(counted, len(ids), len(question.prompt_ids), max(0.0, total - first_ms))
+        else:
+            rounds = heard.rounds(len(question.prompt_ids), len(ids))
         generation = Generation(question.index, ids, finish, rounds, first_ms, total)
         # which tokens were drafted is not told
         return Decoded(generation, [-1] * len(ids), [0] * len(ids), first_ms)
@@ -217,9 +229,13 @@ class _Heard:
     times: list[float] = field(default_factory=list)
     last: dict[str, Any] = field(default_factory=dict)
     usage: dict[str, Any] | None = None
+    drafted: int = 0
+    accepted: int = 0
 
     def take(self, piece: dict[str, Any], now: float) -> None:
         self.usage = piece.get("usage") or self.usage
+        if isinstance(timings := piece.get("timings"), dict):  # llama.cpp's, in its last piece
+            self.drafted, self.accepted = (int(timings.get(n) or 0) for n in ("draft_n", "draft_n_accepted"))
         for choice in piece.get("choices") or []:
             ids = next((choice[n] for n in replies.ID_FIELDS if isinstance(choice.get(n), list)), None)
             if choice.get("text") or ids:

@@ -70,8 +70,8 @@ def test_rounds_have_the_counters_counts() -> None:
 class Server:
     """Answers prompts that it knows, in pieces of one token and then of up to three, and counts as vLLM does."""
 
-    def __init__(self, texts: dict[tuple[int, ...], list[int]], metrics: bool = True) -> None:
-        self.texts, self.metrics = texts, metrics
+    def __init__(self, texts: dict[tuple[int, ...], list[int]], metrics: bool = True, llama_cpp: bool = False) -> None:
+        self.texts, self.metrics, self.llama_cpp = texts, metrics, llama_cpp
         self.drafts = self.accepted = 0
         self.at = [0, 0]
         self.broken = False
@@ -98,7 +98,8 @@ def serving(server: Server) -> Iterator[Server]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.path == "/v1/models":
-                self.say(200, json.dumps({"data": [{"id": "tiny"}]}))
+                made_by = {"owned_by": "llamacpp"} if server.llama_cpp else {}
+                self.say(200, json.dumps({"data": [{"id": "tiny", **made_by}]}))
             elif self.path == "/metrics" and server.metrics:
                 self.say(200, PAGE % (server.drafts, 2 * server.drafts, server.accepted, *server.at))
             else:
@@ -113,7 +114,11 @@ def serving(server: Server) -> Iterator[Server]:
             self.send_response(200)
             self.send_header("content-type", "text/event-stream")
             self.end_headers()
+            assert "n_probs" not in body
             pieces = server.pieces(body["prompt"], body["max_tokens"])
+            drafts, accepted = len(pieces) - 1, sum(map(len, pieces)) - len(pieces)
+            if server.llama_cpp:  # singly, with the counts at the end
+                pieces = [[token] for piece in pieces for token in piece]
             ended = pieces[-1][-1] in talking_target().spec.eos_ids
             for n, ids in enumerate(pieces):
                 last = n == len(pieces) - 1
@@ -123,6 +128,8 @@ def serving(server: Server) -> Iterator[Server]:
                 self.write({"choices": [choice], "usage": None})
                 time.sleep(0.002)
             self.write({"choices": [], "usage": {"prompt_tokens": len(body["prompt"])}})
+            if server.llama_cpp:
+                self.write({"choices": [], "timings": {"draft_n": 2 * drafts, "draft_n_accepted": accepted}})
             self.wfile.write(b"data: [DONE]\n\n")
 
         def write(self, piece: dict[str, Any]) -> None:
@@ -203,6 +210,18 @@ def test_a_batch_is_sent_at_once_and_its_rounds_are_what_was_streamed() -> None:
         assert [d.generation.token_ids for d in found] == list(texts.values())
         assert sum(len(d.generation.rounds) for d in found) == server.drafts
         assert len({d.generation.total_ms for d in found}) == 1
+
+
+def test_llama_cpps_own_counts_are_taken_where_it_streams_tokens_singly() -> None:
+    texts = known()
+    with serving(Server(texts, metrics=False, llama_cpp=True)) as server:
+        mode = EndpointMode("llama.cpp", ServerOptions(url=server.url), talking_target())
+        found = mode.decode([list(p) for p in texts], ["a", "b", "c"], Sampling(), 14)
+        counts = count_rounds(r for d in found for r in d.generation.rounds)
+        assert [d.generation.token_ids for d in found] == list(texts.values())
+        assert (counts.rounds, counts.drafted) == (server.drafts, 2 * server.drafts)
+        assert sum(r.accepted for d in found for r in d.generation.rounds) == server.accepted
+        assert counts.kept == sum(map(len, texts.values())) - len(texts)
 
 
 def test_a_server_that_fails_is_listed(tmp_path: Path) -> None:
