@@ -136,6 +136,9 @@ class DrafterOptions(Options):
     standalone: StandaloneOptions = Field(
         default=StandaloneOptions(), description="which standalone draft (drafter.kind=standalone)"
     )
+    start: Path | None = Field(
+        default=None, description="a trained head to go on from: a run, or what `draftsmith import` wrote"
+    )
 
 
 class TuneOptions(Options):

@@ -328,8 +328,11 @@ def dev_answers(run: Run) -> list[StoredAnswer]:
 def vocabulary(run: Run) -> VocabMap:
     """The draft vocabulary: the tokens that the target is expected to write most, end and special tokens always.
 
-    Counted over all training samples: what is left out of training may still be drafted.
+    Counted over all training samples: what is left out of training may still be drafted. A head that is trained on
+    keeps its own.
     """
+    if start := run.recipe.drafter.start:
+        return _started(run, start).vocab
     spec = run.target.spec
     expected = FeatureStore(run.path("score"), checksums=False).expected()
     always = {*spec.eos_ids, *getattr(run.target.tokenizer, "all_special_ids", [])}
@@ -396,8 +399,10 @@ def _reference_identity(run: Run) -> Identity:
 
 
 def _fresh(run: Run, vocab: VocabMap, source: SampleSource, kept: Sequence[str]) -> algorithms.Trained:
-    """The run's untrained drafter."""
+    """The run's drafter before training."""
     o = run.recipe.drafter
+    if o.start:
+        return _started(run, o.start)
     if o.kind != "standalone":
         return algorithms.fresh_head(o.kind, run.target, vocab, o.layers, run.recipe.train.seed)
     texts = [source.outline(name) for name in kept[:: max(1, len(kept) // o.standalone.texts)]]
@@ -410,6 +415,12 @@ def _teaching(run: Run, folder: Path, head: algorithms.Trained) -> algorithms.Tr
     if not isinstance(found, Head | Standalone) or found.KIND != head.KIND:
         raise UserError(f"train.reference: {folder} is no {head.LABEL}, which is what is trained")
     return found
+
+
+def _started(run: Run, folder: Path) -> Head:
+    """A trained head to go on from."""
+    o = run.recipe.drafter
+    return algorithms.started_head(folder, o.kind, run.target, o.draft_vocab_size, o.layers)
 
 
 def train(run: Run, out: Path, identity: Identity) -> None:
@@ -426,15 +437,18 @@ def train(run: Run, out: Path, identity: Identity) -> None:
     meta: Identity = {**identity, "covered": round(covered, 4)}
     if isinstance(o.train.reference, Path):
         meta["reference"] = artefacts.checksum(o.train.reference)
+    if o.drafter.start:
+        meta["start"] = artefacts.checksum(algorithms.drafter_in(o.drafter.start))
     log = run.folder / "training.jsonl"
     with tracking(o.tracking, run.folder) as track:
         parts = (t.head, t.objective, t.source, t.kept, t.dev, o.train)
         more: dict[str, Any] = {"reference": t.reference, "account": t.account, "before": t.before}
-        found = training(*parts, out, log, meta, track=track, **more)
+        found = training(*parts, out, log, meta, track=track, judged_first=o.drafter.start is not None, **more)
     _say_saved(run, log)
+    first = next((row for row in artefacts.read_jsonl(log) if row["step"] == 0), None)
     console.say(
         f"best checkpoint: step {found['best_step']} of {found['steps']}, dev acceptance length "
-        f"{found['dev_acceptance_length']:.3f}"
+        f"{found['dev_acceptance_length']:.3f}" + (f", {first['dev_acceptance_length']:.3f} before" if first else "")
     )
 
 

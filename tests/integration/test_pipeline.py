@@ -488,3 +488,29 @@ def test_the_kept_recipe_is_what_a_stages_command_uses(copied: Path, tmp_path: P
     assert ended.code == 2
     train = json.dumps(recipe.load("quickstart").data.train)
     assert f"prompts was made with data.train 6, and that is {train} now" in ended.err
+
+
+def test_an_imported_head_is_trained_further(root: Path, copied: Path, tmp_path: Path) -> None:
+    """With what it accepted before; where nothing is learnt, the very head is what the run ends with."""
+    target = load_target(root / "target", "float32", "cpu")
+    here = ["--target", root / "target", "--out", tmp_path / "head"]
+    assert draftsmith("import", root / "run" / "export" / "vllm", *here).code == 0
+    start = f"drafter.start={tmp_path / 'head'}"
+    ended = draftsmith("train", "--run", copied, "--redo", start, "train.learning_rate=1e-30", "train.weight_decay=0")
+    assert ended.code == 0, ended.err
+    rows = [row for row in artefacts.read_jsonl(copied / "training.jsonl") if "dev_acceptance_length" in row]
+    assert [row["step"] for row in rows] == [0, 2, 4, 6]
+    assert len({row["dev_acceptance_length"] for row in rows}) == 1
+    assert "best checkpoint: step 0 of 6" in ended.out
+    assert f"{rows[0]['dev_acceptance_length']:.3f} before" in ended.out
+    before, after = (load_drafter(folder, target).tensors() for folder in (tmp_path / "head", copied / "drafter"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+    assert draftsmith("train", "--run", copied, "--redo", start, "train.learning_rate=0.01").code == 0
+    losses = [row["loss"] for row in artefacts.read_jsonl(copied / "training.jsonl") if "loss" in row]
+    fresh = [row["loss"] for row in artefacts.read_jsonl(root / "run" / "training.jsonl") if "loss" in row]
+    assert losses[0] < fresh[0]
+    other = draftsmith("train", "--run", copied, "--redo", start, "drafter.draft_vocab_size=32")
+    assert other.code == 2
+    assert "drafter.start" in other.err
+    assert "set drafter.draft_vocab_size=64" in other.err

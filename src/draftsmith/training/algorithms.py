@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from draftsmith.drafters.checkpoint import load_drafter
 from draftsmith.drafters.eagle import Eagle, eagle_options
 from draftsmith.drafters.eagle3 import Eagle3, auxiliary_layers, eagle3_options
 from draftsmith.drafters.head import Head
 from draftsmith.drafters.standalone import Standalone
 from draftsmith.foundation import seeding
+from draftsmith.foundation.errors import UserError
 from draftsmith.numerics import losses
 from draftsmith.target.model import HFTarget
 from draftsmith.target.protocol import FeatureSpec, TargetSpec
@@ -83,6 +86,33 @@ def fresh_head(kind: Kind, target: HFTarget, vocab: VocabMap, layers: tuple[int,
     else:
         head.begin()
     return head.to(target.device)
+
+
+def drafter_in(folder: Path) -> Path:
+    """The drafter's own folder, of a run's or of itself."""
+    return folder / "drafter" if (folder / "drafter").is_dir() else folder
+
+
+def started_head(
+    folder: Path, kind: Kind, target: HFTarget, draft_vocab_size: int, layers: tuple[int, ...] | None
+) -> Head:
+    """A trained head to go on from, in float32: a run's, or one that was imported.
+
+    Raises:
+        UserError: no head of this target, or another one than the recipe asks for.
+        ValueError: as `auxiliary_layers`.
+    """
+    head = load_drafter(drafter_in(folder), target, torch.float32)
+    if not isinstance(head, Eagle3 | Eagle):
+        raise UserError(f"drafter.start: {folder} holds a {head.LABEL}; training goes on from heads")
+    ours: dict[str, object] = {"kind": "eagle" if kind == "hass" else kind, "draft_vocab_size": draft_vocab_size}
+    its: dict[str, object] = {"kind": head.KIND, "draft_vocab_size": head.vocab.size}
+    if isinstance(head, Eagle3):
+        ours["layers"] = list(auxiliary_layers(layers, target.spec.layers))
+        its["layers"] = list(head.options.auxiliary_layers)
+    if wanted := [f"drafter.{name}={value}".replace(" ", "") for name, value in its.items() if ours.get(name) != value]:
+        raise UserError(f"drafter.start: {folder} is another drafter than the recipe's: set {' '.join(wanted)}")
+    return head.train().requires_grad_(True)
 
 
 def objective(

@@ -57,6 +57,7 @@ def train(
     track: Log | None = None,
     account: Account | None = None,
     before: Before | None = None,
+    judged_first: bool = False,
 ) -> dict[str, Any]:
     """Train a drafter on the source's samples `kept` and write the best checkpoint as the artefact `out` ("drafter").
 
@@ -69,6 +70,7 @@ def train(
         track: is told the log's rows, too.
         account: is told what training costs; the source may tell it, too.
         before: what was spent before this training for its sake (a reference).
+        judged_first: judge the drafter as it comes, too; it stays where training does not make it better.
 
     Returns:
         The summary that is also in the artefact, as `training.json`.
@@ -87,7 +89,7 @@ def train(
         steps = known or run.planned()
         if not known and ranks.rank() == 0:
             artefacts.write_json(length, steps)
-        done = run.run(steps)
+        done = run.run(steps, judged_first)
         summary: dict[str, Any] = {"steps": steps, "best_step": done.best_step, "dev_acceptance_length": done.best}
         summary["cost"] = {**run.account.over_ranks(), **({"before": dict(before.counts)} if before else {})}
         if ranks.rank() == 0:
@@ -269,13 +271,15 @@ class _Training:
         self.evaluate()
         return min(times[1:] or times), time.perf_counter() - started
 
-    def run(self, steps: int) -> state.Progress:
+    def run(self, steps: int, judged_first: bool = False) -> state.Progress:
         """Train from the last state (or the start) to the end."""
         first = self._restore()
         every = max(1, math.ceil(steps / self.options.evaluations))
         rows = self._logged(first)
         if first and (self._given_up() or self._overdue(rows)):
             steps = first  # it had ended, but for its artefact
+        if judged_first and not first:
+            self._judge(rows, 0.0)
         started = saved = time.perf_counter()
         with console.progress("training", steps, "steps", done=first) as bar, _terminated() as stop:
             for step, parts in zip(range(first, steps), self.batches(first), strict=False):
