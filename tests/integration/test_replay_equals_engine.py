@@ -137,4 +137,6 @@ def test_a_replay_knows_that_a_complete_answer_had_room(growth: str) -> None:
         drafter = drafter_of("eagle3", "sampled", [b])
         engine = Engine(tiny_target(KIND), Single(drafter, GROWTHS[growth]))
         decoded = engine.generate([asked[b]], SAMPLINGS["sampled"], NEW, requests=[b])
-        assert counted(replay(Single(drafter, GROWTHS[growth]), tiny_target(KIND).spec, [stored[b]])) == counted(decoded)
+        assert counted(replay(Single(drafter, GROWTHS[growth]), tiny_target(KIND).spec, [stored[b]])) == counted(
+            decoded
+        )

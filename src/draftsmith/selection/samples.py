@@ -308,3 +308,21 @@ def _limit(units: Sequence[_Unit], options: SelectionOptions, count: int) -> tup
         return options.seconds, {unit.order: unit.positions * each for unit in units}
     ratio = 0.5 if options.ratio is None else options.ratio
     return max(1, round(ratio * count)), dict.fromkeys((unit.order for unit in units), 1.0)
+
+
+def joined(parts: Sequence[Selection], order: Sequence[str] | None = None) -> Selection:
+    """Selections made within sets of samples, as one; kept samples in `order` (of all samples) where it is given."""
+    kept = [i for part in parts for i in part.kept]
+    if order is not None:
+        known = set(kept)
+        kept = [i for i in order if i in known]
+    return Selection(
+        kept=tuple(kept),
+        dropped={i: reason for part in parts for i, reason in part.dropped.items()},
+        scores={i: score for part in parts for i, score in part.scores.items()},
+        thresholds=tuple(t for part in parts for t in part.thresholds),
+        tokens_kept=sum(part.tokens_kept for part in parts),
+        tokens_total=sum(part.tokens_total for part in parts),
+        positions_kept=sum(part.positions_kept for part in parts),
+        positions_total=sum(part.positions_total for part in parts),
+    )

@@ -23,7 +23,7 @@ from draftsmith.evaluation.bench import BenchOptions
 from draftsmith.foundation import artefacts, console, options, seeding
 from draftsmith.foundation.options import Options
 from draftsmith.numerics.distributions import TokenStatistics
-from draftsmith.selection.samples import ScoredSample, Selection, SelectionOptions, select
+from draftsmith.selection.samples import ScoredSample, Selection, SelectionOptions, joined, select
 from draftsmith.selection.scores import DRAFT_AWARE, SCORES, Evidence, token_scores
 from draftsmith.studies import heads, sfdd_results
 from draftsmith.studies.corpus import Corpus
@@ -252,17 +252,3 @@ class Sfdd:
     @cached_property
     def vocab(self) -> VocabMap:
         return heads.vocabulary(self.corpus, self.options.drafter.draft_vocab_size)
-
-
-def joined(parts: Sequence[Selection]) -> Selection:
-    """Selections made in each domain, as one."""
-    return Selection(
-        kept=tuple(i for part in parts for i in part.kept),
-        dropped={i: reason for part in parts for i, reason in part.dropped.items()},
-        scores={i: score for part in parts for i, score in part.scores.items()},
-        thresholds=tuple(t for part in parts for t in part.thresholds),
-        tokens_kept=sum(part.tokens_kept for part in parts),
-        tokens_total=sum(part.tokens_total for part in parts),
-        positions_kept=sum(part.positions_kept for part in parts),
-        positions_total=sum(part.positions_total for part in parts),
-    )

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from draftsmith.foundation.errors import UserError
 from draftsmith.foundation.options import validate
 from draftsmith.selection.cleaning import Guard
-from draftsmith.selection.samples import METHODS, ScoredSample, Selection, SelectionOptions, select
+from draftsmith.selection.samples import METHODS, ScoredSample, Selection, SelectionOptions, joined, select
 from draftsmith.selection.scores import SCORES
 
 
@@ -242,3 +242,17 @@ def test_what_cannot_be_ranked_is_refused(samples: list[ScoredSample], message: 
 def test_contradicting_options_are_refused(data: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         validate(SelectionOptions, data, "the command line")
+
+
+def test_selections_within_sets_become_one() -> None:
+    one, other = corpus(1, 12), [ScoredSample("t" + s.id, s.tokens, s.positions, s.scores) for s in corpus(2, 9)]
+    parts = [select(group, SelectionOptions(method="flatness", ratio=0.5)) for group in (one, other)]
+    order = [s.id for s in other + one][::-1]
+    whole = joined(parts, order)
+    assert set(whole.kept) == {*parts[0].kept, *parts[1].kept}
+    assert list(whole.kept) == sorted(whole.kept, key=order.index)
+    assert joined(parts).kept == parts[0].kept + parts[1].kept
+    assert whole.tokens_kept == sum(s.tokens for s in one + other if s.id in {*parts[0].kept, *parts[1].kept})
+    assert whole.positions_total == sum(s.positions for s in one + other)
+    assert whole.thresholds == parts[0].thresholds + parts[1].thresholds
+    assert set(whole.dropped) | {*parts[0].kept, *parts[1].kept} == {s.id for s in one + other}
