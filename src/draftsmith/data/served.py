@@ -163,7 +163,8 @@ def request_body(model: ServedModel, question: Asked, sampling: Sampling, max_ne
     if model.llama_cpp:
         body |= {
             "repeat_penalty": sampling.repetition_penalty,
-            "repeat_last_n": -1,
+            # all of the sequence: it refuses -1, its earlier word for that
+            "repeat_last_n": len(question.prompt_ids) + body["max_tokens"],
             # transformers' order; llama.cpp's own applies the temperature last
             "samplers": ["penalties", "temperature", "top_k", "top_p", "min_p"],
             "return_tokens": True,

@@ -49,7 +49,7 @@ def test_the_servers_longest_sequence_bounds_the_answer_and_llama_cpp_has_its_ow
     answers(server)
     (body,) = server.bodies
     assert body["max_tokens"] == 7
-    assert (body["n_probs"], body["return_tokens"], body["repeat_last_n"]) == (1, True, -1)
+    assert (body["n_probs"], body["return_tokens"], body["repeat_last_n"]) == (1, True, 3 + 7)
     assert body["samplers"].index("temperature") < body["samplers"].index("top_p")
     assert served_model(ServerOptions(url=server.url)) == served.ServedModel("m", 10, llama_cpp=True)
 
