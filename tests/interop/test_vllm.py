@@ -15,14 +15,17 @@ from typing import Any
 
 import pytest
 
+import draftsmith
 from draftsmith.decoding.growth import ChainGrowth
 from draftsmith.drafters.base import Drafter
+from draftsmith.drafters.ngram import NgramDrafter, NgramOptions
 from draftsmith.export.adapter import drafter_of, standalone_of
 from draftsmith.export.checkpoint import Extras, Serving, StandaloneDraft
 from draftsmith.export.hand_over import export
 from draftsmith.export.served import Asking, causes, compare, rounds_of
 from draftsmith.export.validate import check
 from draftsmith.target.model import load_target
+from draftsmith.target.vocabulary import VocabMap
 from tests.interop import fitted
 from tests.interop.conftest import Setting
 from tests.interop.servers import (
@@ -118,6 +121,17 @@ def test_standalone(setting: Setting, plain: Any) -> None:
     reader = load_target(folder, dtype="float32", device="cpu")
     assert accepts == fitted.standalone_accepts(reader, setting, plain, CHAIN)
     judge("standalone draft", plain, served, accepts)
+
+
+def test_the_ngram_proposer(setting: Setting, plain: Any) -> None:
+    """draftsmith's own n-grams in vLLM, by its `custom_class`."""
+    source = str(Path(draftsmith.__file__).parents[1])
+    speculative = {"method": "custom_class", "model": "draftsmith.export.vllm_proposer.NgramProposer"}
+    speculative |= {"num_speculative_tokens": CHAIN}
+    more = {"PYTHONPATH": source}
+    served = by_vllm(setting.work, "ngram", setting.folder, speculative, setting.prompts, more)
+    drafter = NgramDrafter(NgramOptions(guess=False), VocabMap.identity(setting.target.spec.vocab_size))
+    judge("n-grams, as a plug-in", plain, served, ours(setting, drafter, plain))
 
 
 def test_check_served(setting: Setting, eagle3: Any) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from tests.interop import concurrency
+
 DOCS = Path(__file__).parents[2] / "docs"
 
 
@@ -19,7 +23,18 @@ def test_the_table_of_real_servers_is_the_json() -> None:
             counts = [figures["accepted_where_the_text_is_equal"], figures["accepted_by_our_engine"]]
             wanted = [equal, f"{figures['acceptance_length']:.3f}", *(f"{n:,}" for n in counts)]
             assert rows[name] == wanted, name
+        elif "acceptance_length_of_our_engine" in figures:
+            lengths = [figures["acceptance_length"], figures["acceptance_length_of_our_engine"]]
+            assert rows[name] == [str(figures["prompts"]), *(f"{length:.3f}" for length in lengths)], name
     assert sum("text_as_without_speculation" in figures for figures in found["results"].values()) >= 4
+
+
+def test_the_concurrency_curve_is_the_json() -> None:
+    if not (path := DOCS / "concurrency.json").is_file():
+        pytest.skip("docs/concurrency.json was not measured (python -m tests.interop.concurrency --docs)")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    assert concurrency.table(found) in (DOCS / "serving.md").read_text(encoding="utf-8")
+    assert len({row["requests"] for row in found["results"]}) >= 4
 
 
 def test_every_requirement_is_met_by_the_figures() -> None:
