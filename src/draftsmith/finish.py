@@ -91,7 +91,10 @@ def facts(run: Run, public: bool = False) -> dict[str, object]:
     if public and o.data.path and Path(o.data.path).exists():
         asked = Path(o.data.path).name
     answers = "the file's own answers" if o.data.keep_answers else "answers by the target"
+    made = "apache-2.0 (draftsmith's own prompts); answers by the target" if not o.data.path else None
     return {
+        "licence": o.export.licence,
+        "data_licence": o.export.data_licence or made,
         "data": f"{asked}; {answers}; {len(selection.kept)} samples kept by {o.select.method}, "
         f"{selection.tokens_kept} answer tokens",
         "training": f"{TITLES[o.drafter.kind]}, {o.drafter.draft_vocab_size} draft tokens, {training['steps']} steps, "
@@ -218,7 +221,8 @@ def _handed_over(run: Run) -> tuple[Drafter, Extras]:
     target, o = run.target, run.recipe
     trained = load_drafter(run.path("train"), target)
     name = str(target.model.config.name_or_path) if o.target.name == "smollm2" else o.target.name
-    card = target_card(target, o.export.target_id or name, "apache-2.0" if o.target.name == "smollm2" else "")
+    licence = o.export.target_licence or ("apache-2.0" if o.target.name == "smollm2" else "")
+    card = target_card(target, o.export.target_id or name, licence)
     numbers = serving(chosen_growth(run.folder), o.export.tokens)
     drafter = exportable(trained, run.path("train"), card)
     stored = golden(drafter, target) if isinstance(drafter, HeadCheckpoint) else None

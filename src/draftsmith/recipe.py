@@ -170,6 +170,9 @@ class ExportOptions(Options):
     target_id: str | None = Field(
         default=None, description="the target's public name, for cards and commands; default: target.name"
     )
+    licence: str | None = Field(default=None, description="of the drafter, for its card, such as apache-2.0")
+    data_licence: str | None = Field(default=None, description="of the training data, for the card")
+    target_licence: str | None = Field(default=None, description="of the target, for the card; smollm2's is known")
     keep_rope: bool = Field(
         default=False, description="export a head whose rotary embedding is not the target's as it is"
     )
