@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -35,6 +35,10 @@ Server = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Options of the recipe, dotted: train.seconds=60 select.ratio=0.7")
+]
+Kernels = Annotated[
+    Literal["plain", "packed"],
+    typer.Option(help="packed: half-precision weights are brought into the CPU's order once, not at every pass."),
 ]
 Redo = Annotated[bool, typer.Option("--redo", help="Make it again although it is there.")]
 Plan = Annotated[
@@ -212,6 +216,7 @@ def verify_lossless(
         str, typer.Option(help="float32 is exact; bfloat16 and float16 are judged token by token.")
     ] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    kernels: Kernels = "plain",
     out: Annotated[Path | None, typer.Option(help="Write all comparisons and the verdict there, as JSON.")] = None,
 ) -> None:
     """Prove on your own models that drafters change no token: verdict in words and numbers. Exit code 1: they do."""
@@ -229,6 +234,7 @@ def verify_lossless(
         seed=seed,
         dtype=dtype,
         device=device,
+        kernels=kernels,
         out=out,
     ):
         raise typer.Exit(1)
@@ -246,12 +252,21 @@ def profile(
     repeats: Annotated[int, typer.Option(min=1, help="Of which the median is taken.")] = 8,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    kernels: Kernels = "plain",
 ) -> None:
     """Measure what verifying and drafting cost here; the cost-aware growth reads it, decoding never looks at clocks."""
     from draftsmith.commands import profile as measuring
 
     measuring.profile(
-        target, drafters or [], out, batches=batch, contexts=context, repeats=repeats, dtype=dtype, device=device
+        target,
+        drafters or [],
+        out,
+        batches=batch,
+        contexts=context,
+        repeats=repeats,
+        dtype=dtype,
+        device=device,
+        kernels=kernels,
     )
 
 

@@ -67,7 +67,7 @@ class Run:
         ranks.join()  # each takes its own device
         with console.timed(f"loading {self.recipe.target.name}"):
             o = self.recipe.target
-            return load_target(o.name, o.dtype, o.device)
+            return load_target(o.name, o.dtype, o.device, kernels=o.kernels)
 
     def path(self, stage: str) -> Path:
         """Where a stage's artefact stands."""

@@ -18,6 +18,7 @@ from draftsmith.foundation import options
 from draftsmith.foundation.errors import UserError
 from draftsmith.foundation.options import Options
 from draftsmith.selection.samples import SelectionOptions
+from draftsmith.target.model import Kernels
 from draftsmith.training.algorithms import Kind
 from draftsmith.training.dev import DeployOptions
 from draftsmith.training.objectives.eagle import EagleLossOptions
@@ -35,6 +36,17 @@ class TargetOptions(Options):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     device: str = Field(default="auto", description="auto, cpu, cuda, or map (spread over several GPUs)")
     threads: int | None = Field(default=None, ge=1, description="CPU threads; default: all cores")
+    kernels: Kernels = Field(
+        default="plain",
+        description="packed: bring half-precision weights into the CPU's order once, not at every pass; faster, for a "
+        "second copy of them",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # How fast it is changes no result but rounding, and plain runs are those from before the option.
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if (name, value) != ("kernels", "plain")}
 
 
 class DataOptions(Options):

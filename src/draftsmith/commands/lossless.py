@@ -16,7 +16,7 @@ from draftsmith.evaluation import lossless
 from draftsmith.evaluation.lossless import Compared, Group, Prompt
 from draftsmith.foundation import artefacts, console, provenance
 from draftsmith.target import chat
-from draftsmith.target.model import HFTarget, load_target
+from draftsmith.target.model import HFTarget, Kernels, load_target
 
 
 def verify(
@@ -32,6 +32,7 @@ def verify(
     seed: int,
     dtype: str,
     device: str,
+    kernels: Kernels = "plain",
     out: Path | None,
 ) -> bool:
     """Run the suite, print its table, near ties and verdict, write them as JSON; True if decoding is lossless.
@@ -40,7 +41,7 @@ def verify(
         UserError: a target, drafter or prompt file that is not there, or temperatures that are no numbers.
     """
     paths = pairs(drafters)
-    loaded = load_target(target or api.target_of(paths.values()), dtype, device)
+    loaded = load_target(target or api.target_of(paths.values()), dtype, device, kernels=kernels)
     compositions = composed(loaded, paths, compose)
     asked = questions(loaded, prompts, count, seed)
     heats = numbers(temperatures) or [0.0]

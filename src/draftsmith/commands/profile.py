@@ -12,7 +12,7 @@ from draftsmith.decoding.profile import Grid
 from draftsmith.decoding.stored import members, pairs
 from draftsmith.foundation import artefacts, console, provenance
 from draftsmith.foundation.errors import UserError
-from draftsmith.target.model import load_target
+from draftsmith.target.model import Kernels, load_target
 
 
 def profile(
@@ -25,6 +25,7 @@ def profile(
     repeats: int,
     dtype: str,
     device: str,
+    kernels: Kernels = "plain",
 ) -> None:
     """Measure, print the costs of verifying, write them to `out`.
 
@@ -34,7 +35,7 @@ def profile(
     paths = pairs(drafters)
     grid = Grid(whole(batches, "--batch"), whole(contexts, "--context"))
     name = target or api.target_of(paths.values())
-    loaded = load_target(name, dtype, device)
+    loaded = load_target(name, dtype, device, kernels=kernels)
     available = members(paths, loaded)
     own = {called: available[called].drafter for called in paths}
     with console.progress("measuring", grid.steps(len(own)), "costs") as bar:

@@ -135,6 +135,7 @@ def measured(
         "target": {"name": target.spec.name, "fingerprint": target.spec.fingerprint},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "dtype": target.spec.dtype,
+        "kernels": target.kernels,
         "threads": torch.get_num_threads(),
         "verify": verify,
         "drafting": drafting,

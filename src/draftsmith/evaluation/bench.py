@@ -202,6 +202,8 @@ def _conditions(
         "batch": options.batch,
         "seed": options.seed,
     }
+    if target.kernels != "plain":
+        own["kernels"] = target.kernels
     plain: dict[str, object] = json.loads(json.dumps({**own, **more}))
     return plain
 

