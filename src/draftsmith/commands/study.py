@@ -11,6 +11,7 @@ from draftsmith.data import benchmarks
 from draftsmith.foundation import console, options
 from draftsmith.foundation.errors import UserError
 from draftsmith.studies import grid
+from draftsmith.studies.adaspec import Adaspec, AdaspecOptions
 from draftsmith.studies.grid import Study, StudyOptions
 from draftsmith.studies.probe import Probe
 from draftsmith.studies.sfdd import Sfdd, SfddOptions
@@ -27,7 +28,10 @@ class Known:
     probe: Callable[..., Study] | None = None
 
 
-STUDIES: Mapping[str, Known] = {"sfdd": Known(SfddOptions, Sfdd, Probe)}
+STUDIES: Mapping[str, Known] = {
+    "sfdd": Known(SfddOptions, Sfdd, Probe),
+    "adaspec": Known(AdaspecOptions, Adaspec),
+}
 
 
 def study(
@@ -78,7 +82,8 @@ def show_plan(made: Study, checked: StudyOptions, folder: Path) -> None:
     body = []
     for setting in settings:
         found = any(name.startswith(f"{setting.name}-") for name in there)
-        body.append([setting.method, setting.accounting, f"{setting.keep:.0%}", setting.seed, "there" if found else ""])
+        method = " ".join([setting.method, *map(str, setting.extra.values())])
+        body.append([method, setting.accounting, f"{setting.keep:.0%}", setting.seed, "there" if found else ""])
     console.table(f"{checked.study}: {len(settings)} cells", ["method", "accounting", "keep", "seed", "rows"], body)
     if checked.expected:
         console.say(checked.expected)

@@ -21,7 +21,7 @@ from draftsmith.foundation.options import Options
 
 Scope = Literal["micro-batch", "sample", "running"]
 Normalise = Literal["kept", "all"]
-Keep = Literal["share", "positive"]
+Keep = Literal["share", "positive", "least"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +184,8 @@ class DeltaLoss:
             "running" compares with a moving average of the micro-batches' thresholds.
         normalise: see `mask_weights`; eq. 10 is "kept", the code "all".
         keep: "share": the fraction of largest ΔL; "positive": every row with ΔL > 0, however many: k follows the
-            drafter. `fraction` and `scope` don't count then.
+            drafter. `fraction` and `scope` don't count then. "least": the fraction of smallest ΔL, the opposite of
+            what AdaSPEC does, for its ablation (table 2).
         anneal: share of the training over which k falls from 1 to `fraction`, in a straight line; 0: k is constant.
         momentum: of the running threshold.
         survival: whether kept rows count as often as decoding would reach them, too (`RowFacts.survival`).
@@ -239,6 +240,8 @@ class DeltaLoss:
     def _mask(self, excess: Tensor, facts: RowFacts, step: int) -> Tensor:
         if self.keep == "positive":
             return mask_weights(excess > 0, self.normalise)
+        if self.keep == "least":
+            excess = -excess
         if self.scope == "micro-batch":
             return mask_weights(largest(excess, self.current), self.normalise)
         if self.scope == "running":
@@ -323,7 +326,9 @@ class WeightOptions(Options):
     )
     momentum: float | None = Field(default=None, description="of the running threshold (delta-loss)")
     keep: Keep | None = Field(
-        default=None, description="share: the fraction; positive: all that is worse than the reference (delta-loss)"
+        default=None,
+        description="share: the fraction; positive: all that is worse than the reference; least: the fraction that "
+        "is worse by least, to compare with (delta-loss)",
     )
     anneal: float | None = Field(
         default=None, description="share of the training over which the fraction falls from 1 (delta-loss)"

@@ -35,7 +35,8 @@ class TrainingCost(Options):
     target_positions: int = Field(default=0, description="tokens that the target read, for scores, features or both")
     pass_ratio: float = Field(
         default=0.0,
-        description="seconds in which the target reads and scores a position ÷ seconds of training on one",
+        description="seconds in which the target reads and scores a position ÷ seconds of training on one; AdaSPEC's "
+        "study reckons it from multiply-adds",
     )
     scout_positions: int = Field(default=0, description="training positions of a drafter that only helps to choose")
 
@@ -66,6 +67,7 @@ class Row(TrainingCost):
     prompts: tuple[str, ...] = Field(description="ids of the test answers; the counts below are in their order")
     committed: tuple[int, ...]
     rounds: tuple[int, ...]
+    rejected: tuple[int, ...] = Field(default=(), description="rounds that ended with a refused token")
     extra: dict[str, str | int | float] = {}
 
 
@@ -106,6 +108,7 @@ def replayed_rows(
                         "prompts": test.ids,
                         "committed": [c.committed for c in each],
                         "rounds": [c.rounds for c in each],
+                        "rejected": [sum(c.offered_at_depth) - sum(c.accepted_at_depth) for c in each],
                     }
                 )
             )

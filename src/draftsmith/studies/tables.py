@@ -64,19 +64,19 @@ def counts(rows: Sequence[Row]) -> dict[int, dict[Key, tuple[int, int]]]:
 
 def acceptance(rows: Sequence[Row]) -> Interval | None:
     """τ over all seeds and answers of some rows of one method, with its interval; None without a round."""
-    cells = _cells([counts(rows)])
+    cells = paired([counts(rows)])
     return None if cells is None else _exponential(hierarchical_bootstrap(cells, lambda sums: np.log(ratio(sums))))
 
 
 def relative(rows: Sequence[Row], reference: Sequence[Row]) -> Interval | None:
     """τ of some rows ÷ τ of others, paired by seed and answer: what only one side has is left out."""
-    cells = _cells([counts(rows), counts(reference)])
+    cells = paired([counts(rows), counts(reference)])
     if cells is None:
         return None
     return _exponential(hierarchical_bootstrap(cells, lambda sums: np.log(ratio_of_ratios(sums))))
 
 
-def _cells(parts: Sequence[dict[int, dict[Key, tuple[int, int]]]]) -> NDArray[np.float64] | None:
+def paired(parts: Sequence[dict[int, dict[Key, tuple[int, int]]]]) -> NDArray[np.float64] | None:
     """`[S, n, 2·parts]` of the seeds and answers that all parts have; answers without a round in any teach nothing."""
     seeds = sorted(set.intersection(*(set(part) for part in parts)))
     if not seeds:

@@ -199,6 +199,15 @@ def test_all_that_is_worse_than_the_reference_is_kept_where_asked() -> None:
     assert weights(reference, facts, 0).tolist() == [0.0] * 4
 
 
+def test_the_least_are_the_other_end() -> None:
+    losses = torch.tensor([3.0, 1.0, 2.0, 0.5, 5.0])
+    facts = RowFacts(reference_losses=torch.tensor([0.0, 0.0, 3.0, 0.5, 4.5]))
+    found = by_name("delta-loss", keep="least", fraction=0.4, normalise="all")(losses, facts, 0)
+    assert found.tolist() == [0, 0, 1, 1, 0], "the quantile of the code keeps two of five"
+    best = by_name("delta-loss", fraction=0.4, normalise="all")(losses, facts, 0)
+    assert best.tolist() == [1, 1, 0, 0, 0]
+
+
 def test_the_kept_fraction_falls_in_a_straight_line() -> None:
     weights = DeltaLoss(fraction=0.4, anneal=0.5)
     facts = RowFacts(reference_losses=torch.zeros(101))

@@ -14,7 +14,7 @@ from draftsmith.foundation import artefacts, options
 from draftsmith.foundation.errors import UserError
 from draftsmith.studies import grid, heads
 from draftsmith.studies.grid import Setting
-from draftsmith.studies.sfdd import METHODS, Sfdd, SfddOptions
+from draftsmith.studies.sfdd import METHODS, Sfdd
 from draftsmith.training import trainer
 from draftsmith.training.batches import epoch_plan
 from tests.unit.studies.tiny_study import settings, study
@@ -174,11 +174,13 @@ def test_a_time_budget_ends_the_command_with_code_0_and_goes_on(
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_are_valid_and_say_how_long_they_take(path: Path, tmp_path: Path) -> None:
-    checked = options.validate(SfddOptions, options.load_yaml(path), "the preset")
-    assert path.stem.startswith(f"{checked.study}-")
+    name = path.stem.partition("-")[0]
+    known = command.STUDIES[name]
+    checked = options.validate(known.options, options.load_yaml(path), "the preset")
+    assert checked.study == name
     assert "minute" in checked.expected or "hour" in checked.expected
-    assert Sfdd(checked, tmp_path).settings()
-    assert grid.find_preset("sfdd", path.stem.removeprefix("sfdd-")) == path
+    assert known.build(checked, tmp_path).settings()
+    assert grid.find_preset(name, path.stem.removeprefix(f"{name}-")) == path
 
 
 def test_what_is_wrong_is_named(tmp_path: Path) -> None:
