@@ -118,17 +118,23 @@ def test_the_bias_of_an_eagle_head_goes_where_it_is_loaded(tmp_path: Path) -> No
     assert check(folder, card, forward=checker(target)) == []
 
 
-def test_a_standalone_draft_goes_through_as_a_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize("server", ["transformers", "vllm", "sglang", "gguf"])
+def test_a_standalone_draft_goes_through_as_a_folder(server: str, tmp_path: Path) -> None:
     folder = write_target(tmp_path / "target")
     target = load_target(folder, dtype="float32", device="cpu")
     draft = standalone_of(write_target(tmp_path / "drafter" / "model", seed=1), target)
     card = target_card(target, str(folder))
     taken = exportable(draft, tmp_path / "drafter", card)
     assert taken == StandaloneDraft(tmp_path / "drafter" / "model", card)
-    exported = export(taken, "transformers", tmp_path / "out")
+    exported = export(taken, server, tmp_path / "out")
     again = standalone_of(exported.folder, target)
     weights = draft.state_dict()
+    assert weights.keys() == again.state_dict().keys()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in again.state_dict().items())
+    ids = torch.tensor([[5, 17, 3, 60, 8]])
+    before, after = (model.observe(model.start(1, 8), ids, None, [5]).log_q for model in (draft, again))
+    assert torch.equal(before, after)
+    assert check(exported.folder, card) == []
     assert again.vocab.size == VOCAB
 
 
