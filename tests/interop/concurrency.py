@@ -105,12 +105,15 @@ def table(found: Mapping[str, Any]) -> str:
             speeds = f"{row['plain_tokens_per_second']:.0f} → {row['tokens_per_second']:.0f}"
             cells.append(f"{speeds} ({row['speedup']:.2f})")
         lines.append(f"| {requests} | {' | '.join(cells)} |")
-    lengths = ", ".join(f"{e} {rows[1, e]['acceptance_length']:.2f}" for e in engines if (1, e) in rows)
+    ends = min(rows)[0], max(rows)[0]
+    shown = ((engine, [f"{rows[n, engine]['acceptance_length']:.2f}" for n in ends]) for engine in engines)
+    lengths = ", ".join(f"{engine} {few} … {many}" for engine, (few, many) in shown)
     s = found["settings"]
     lines += [
         "",
         f"(`{s['command']}`, {s['date']}, {s['machine']}; {s['target']}; {s['decoding']}. Tokens per second without "
-        f"→ with speculation in the same engine, and their ratio. Acceptance lengths: {lengths}.)",
+        f"→ with speculation in the same engine, and their ratio. Acceptance length at the fewest … the most "
+        f"requests: {lengths}.)",
     ]
     return "\n".join(lines)
 

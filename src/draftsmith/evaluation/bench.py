@@ -181,6 +181,9 @@ def _more(members: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]
     if members[0].get("engine", "draftsmith") != "draftsmith":
         # nobody told how a foreign round's time is spent
         more |= {"draft_ms": None, "verify_ms": None, "rest_ms": None}
+        rounds = [r for row in members for r in Generation.from_row(row["generation"]).rounds]
+        if not any(r.reached > r.accepted for r in rounds):
+            more["acceptance_by_depth"] = []  # nor where drafts were refused
     return more
 
 

@@ -83,8 +83,11 @@ def even_counters(drafted: int, accepted: int, tokens: int) -> Counters:
     return Counters(drafts, drafted, accepted, (*[drafts] * depth, more))
 
 
-def rounds_of(counters: Counters, tokens: int, context: int, milliseconds: float) -> list[Round]:
+def rounds_of(counters: Counters, tokens: int, context: int, milliseconds: float, by_depth: bool = True) -> list[Round]:
     """Rounds with these counts, for an answer of `tokens` tokens of which the first is the prefill's.
+
+    `by_depth`: the acceptances at each position were counted; else the rounds hold only what is known in total, and
+    tell of no refusal.
 
     Rounds in which the server drafted nothing are in no counter: they are what is left of the tokens. What was
     committed beyond the answer's end is cut from the last rounds.
@@ -99,7 +102,7 @@ def rounds_of(counters: Counters, tokens: int, context: int, milliseconds: float
     left, place, rounds = tokens - 1, context + 1, []
     for depth, drafted in shapes:
         kept = min(left, depth + 1)
-        reached = min(depth + 1, drafted)
+        reached = min(depth + 1, drafted) if by_depth else depth
         share = milliseconds / len(shapes)
         rounds.append(_round(drafted, reached, depth, kept, place, share))
         left, place = left - kept, place + kept
@@ -173,7 +176,8 @@ class EndpointMode:
         finish: Literal["stop", "length"] = "stop" if answer.complete else "length"
         if heard.drafted:
             counted = even_counters(heard.drafted, heard.accepted, len(ids))
-            rounds = rounds_of(counted, len(ids), len(question.prompt_ids), max(0.0, total - first_ms))
+            spent = max(0.0, total - first_ms)
+            rounds = rounds_of(counted, len(ids), len(question.prompt_ids), spent, by_depth=False)
         else:
             rounds = heard.rounds(len(question.prompt_ids), len(ids))
         generation = Generation(question.index, ids, finish, rounds, first_ms, total)

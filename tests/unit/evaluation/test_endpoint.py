@@ -194,7 +194,9 @@ def test_a_server_beside_the_engine(tmp_path: Path, metrics: bool) -> None:
         tokens = sum(len(row["generation"]["token_ids"]) for row in own)
         assert result.acceptance_length_after_cut == pytest.approx((tokens - 3) / server.drafts)
         assert (result.draft_ms, result.verify_ms) == (None, None)
-        if metrics:
+        if not metrics:
+            assert result.acceptance_by_depth == []
+        else:
             assert result.acceptance_length == pytest.approx(1 + server.accepted / server.drafts)
             assert result.acceptance_by_depth == pytest.approx(
                 [server.at[0] / server.drafts, server.at[1] / server.at[0]]
@@ -222,6 +224,7 @@ def test_llama_cpps_own_counts_are_taken_where_it_streams_tokens_singly() -> Non
         assert (counts.rounds, counts.drafted) == (server.drafts, 2 * server.drafts)
         assert sum(r.accepted for d in found for r in d.generation.rounds) == server.accepted
         assert counts.kept == sum(map(len, texts.values())) - len(texts)
+        assert all(r.reached == r.accepted for d in found for r in d.generation.rounds), "depths were not told"
 
 
 def test_a_server_that_fails_is_listed(tmp_path: Path) -> None:
