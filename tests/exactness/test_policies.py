@@ -33,7 +33,7 @@ POLICIES: dict[str, Growth] = {
     "best-first": BestFirstGrowth(12, 6, 3),
     # the oracle's entropy is 2.5 nats where it is sure (bound 0.29), 4.2 where it is not (bound 0.08)
     "adaedl": AdaEDLGrowth(6, EntropyStop(start=0.2, goal=0.6, step=0.03)),
-    "cost-aware": CostAwareGrowth(tuple(10 + 0.6 * k for k in range(16)), 5, 4),
+    "cost-aware": CostAwareGrowth(tuple(10 + 0.6 * k for k in range(16)), 5, 4, pass_ms=0.8),
 }
 
 

@@ -136,7 +136,7 @@ def test_what_is_pushed_names_nothing_of_this_machine(root: Path, monkeypatch: p
         commands.export(root / "run", None, [], ["vllm"], "me/drafter")
     said = ["export.target_id=me/target", "export.licence=mit", "export.target_licence=cc0-1.0"]
     commands.export(root / "run", None, said, ["vllm"], "me/drafter")
-    for line in ("license: \"mit\"", "- this drafter: mit", "- target: cc0-1.0", "- training data: apache-2.0 (draft"):
+    for line in ('license: "mit"', "- this drafter: mit", "- target: cc0-1.0", "- training data: apache-2.0 (draft"):
         assert line in seen["README.md"]
     assert '"model": "me/drafter"' in seen["README.md"]
     assert "vllm serve me/target" in seen["README.md"]

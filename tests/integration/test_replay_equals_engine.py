@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from draftsmith.decoding.composition import Single
 from draftsmith.decoding.engine import Engine
-from draftsmith.decoding.growth import ChainGrowth, DynamicGrowth, Growth
+from draftsmith.decoding.growth import ChainGrowth, CostAwareGrowth, DynamicGrowth, Growth
 from draftsmith.decoding.trace import Generation
 from draftsmith.drafters.base import Drafter
 from draftsmith.drafters.head import Head
@@ -30,6 +30,7 @@ GROWTHS: dict[str, Growth] = {
     "chain": ChainGrowth(3),
     "tree": DynamicGrowth(15, 4, 4),
     "stopping tree": DynamicGrowth(15, 5, 4, least_mass=0.3),
+    "cost-aware": CostAwareGrowth(tuple(10 + 0.3 * k for k in range(16)), 5, 4, pass_ms=1.0),
 }
 
 

@@ -29,10 +29,30 @@ def best_sizes(values: Tensor, round_ms: Sequence[float] | Tensor) -> Tensor:
     Returns:
         `[B]` int64, each at most min(K, M).
     """
+    return _rates(values, round_ms).argmax(dim=1)
+
+
+def pays(mass: Tensor, log_q: Tensor, round_ms: Sequence[float] | Tensor, pass_ms: float) -> Tensor:
+    """Whether one more depth may be worth its draft pass in each sequence, `[B]` bool.
+
+    The nodes to expand have path probabilities that sum up to `mass [B]`; what is drafted below them adds no more to
+    the expected tokens than that. It has to make up for the tokens that the pass's time is worth at the rate that the
+    best number of the nodes known so far, `log_q [B, N]`, promises without it.
+
+    Args:
+        round_ms: as in `best_sizes`, with the drafting that was done so far.
+        pass_ms: milliseconds that the pass adds to a round.
+    """
+    values = log_q.sort(dim=1, descending=True).values.exp()
+    return mass >= pass_ms * _rates(values, round_ms).amax(dim=1)
+
+
+def _rates(values: Tensor, round_ms: Sequence[float] | Tensor) -> Tensor:
+    """Expected tokens per millisecond of 0 … min(K, M) nodes, `[B, …]` float64."""
     costs = torch.as_tensor(round_ms, dtype=torch.float64, device=values.device)
     most = min(costs.shape[-1] - 1, values.shape[1])
     expected = torch.nn.functional.pad(values[:, :most].double().cumsum(1), (1, 0)) + 1
-    return (expected / costs[..., : most + 1]).argmax(dim=1)
+    return expected / costs[..., : most + 1]
 
 
 def affordable(tree: DraftTree, round_ms: Sequence[float] | Tensor, room: Tensor | None = None) -> DraftTree:
@@ -108,6 +128,21 @@ def stored_round_costs(
             "a depth and width that were measured"
         )
     return tuple(float(draft) + interpolated(costs, each * (1 + k)) for k in range(budget + 1))
+
+
+def stored_pass_ms(path: Path, depth: int, width: int, sequences: int = 1, drafter: str | None = None) -> float:
+    """Milliseconds that each depth below the first adds to drafting a dynamic tree, from a stored profile; 0 where it
+    does not say, for then there is nothing to be saved by stopping earlier.
+
+    Raises:
+        UserError: as `stored_round_costs`.
+    """
+    stored = _read(path)
+    if depth == 1 or "drafting" not in stored:
+        return 0.0
+    known = _shapes(path, stored, sequences, None, drafter)
+    deep, flat = _between(known, depth, width), _between(known, 1, width)
+    return max(0.0, deep - flat) / (depth - 1) if deep is not None and flat is not None else 0.0
 
 
 def interpolated(costs: Mapping[int, float], rows: int) -> float:

@@ -7,7 +7,6 @@ whether it is in the tree.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,28 +16,22 @@ import torch
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 from torch import Tensor
 
-from draftsmith.decoding.costs import affordable, at_contexts, stored_contexts, stored_round_costs
-from draftsmith.decoding.drawn import Draws, SampledGrowth
+from draftsmith.decoding.costs import (
+    affordable,
+    at_contexts,
+    pays,
+    stored_contexts,
+    stored_pass_ms,
+    stored_round_costs,
+)
+from draftsmith.decoding.drafting import Limits as Limits
+from draftsmith.decoding.drafting import drafted, dynamic, tree_of
+from draftsmith.decoding.drawn import SampledGrowth
 from draftsmith.decoding.shapes import STATIC_15, Level, Paths, checked, levels
 from draftsmith.decoding.stopping import EntropyStop, Remembered, acceptance_bound, committed, fresh
 from draftsmith.decoding.tree import DraftTree, pruned
 from draftsmith.drafters.base import Drafter, Frontier, Proposal
 from draftsmith.foundation.options import Options
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What bounds a round's trees before anything is drafted.
-
-    Attributes:
-        room: `[B]` int64, the deepest a node may stand in each row (tokens left to write, positions left); 0: no nodes.
-        ends: `[E]` int64, end tokens: nothing is drafted after one.
-        draws: what random draws are keyed by, and where the first drafted token would stand.
-    """
-
-    room: Tensor
-    ends: Tensor
-    draws: Draws | None = None
 
 
 class Growth(Protocol):
@@ -149,7 +142,10 @@ class GrowthOptions(Options):
                 given = (self.profile, self.node_budget, self.depth, self.width, self.draft_ms, self.sequences)
                 contexts = stored_contexts(self.profile)
                 table = tuple(stored_round_costs(*given, c, self.drafter) for c in contexts or (None,))
-                return CostAwareGrowth(table[0], self.depth, self.width, contexts, table if contexts else ())
+                shape = (self.depth, self.width)
+                known = self.draft_ms is None
+                deeper = stored_pass_ms(self.profile, *shape, self.sequences, self.drafter) if known else 0.0
+                return CostAwareGrowth(table[0], *shape, contexts, table if contexts else (), deeper)
         return DynamicGrowth(self.node_budget, self.depth, self.width, self.least_mass)
 
 
@@ -164,7 +160,7 @@ class ChainGrowth:
         return self.depth
 
     def grow(self, drafter: Drafter, state: Any, proposal: Proposal, limits: Limits) -> DraftTree:
-        tree = _drafted(drafter, state, proposal, self.depth, 1, limits, lambda level, pool: 1)
+        tree = drafted(drafter, state, proposal, self.depth, 1, limits, lambda level, pool: 1)
         return pruned(tree, self.depth, limits.room)
 
 
@@ -183,7 +179,10 @@ class DynamicGrowth:
     least_mass: float = 0.0
 
     def grow(self, drafter: Drafter, state: Any, proposal: Proposal, limits: Limits) -> DraftTree:
-        tree = _dynamic(drafter, state, proposal, self.depth, self.width, limits, self.least_mass)
+        def worth(mass: Tensor, pool: Tensor, level: int) -> Tensor:
+            return mass >= self.least_mass
+
+        tree = dynamic(drafter, state, proposal, self.depth, self.width, limits, worth if self.least_mass else None)
         return pruned(tree, self.budget, limits.room)
 
 
@@ -227,7 +226,7 @@ class StaticGrowth:
                 above = scores[-1][:, level.inner].masked_fill(ended, -torch.inf)
                 places = torch.tensor(level.parent_slots, device=device).expand(batch, -1)
                 log_q = drafter.expand(state, Frontier(frontier, places, depth)).log_q
-        return pruned(_tree(tokens, parents, scores), self.budget, limits.room)
+        return pruned(tree_of(tokens, parents, scores), self.budget, limits.room)
 
 
 @dataclass(frozen=True)
@@ -250,7 +249,7 @@ class BestFirstGrowth:
             taken = ((level >= least) & (level > -torch.inf)).sum(1)
             return min(int(taken.max()), self.budget) if len(level) else 0
 
-        tree = _drafted(drafter, state, proposal, self.depth, self.width, limits, promising)
+        tree = drafted(drafter, state, proposal, self.depth, self.width, limits, promising)
         return pruned(tree, self.budget, limits.room)
 
 
@@ -292,7 +291,7 @@ class AdaEDLGrowth:
             slots = torch.full_like(best, depth - 2)[:, None]
             log_q = drafter.expand(state, Frontier(token[:, None], slots, depth)).log_q[:, 0]
             going = going & (acceptance_bound(log_q, self.stop.gamma) >= now.value)
-        tree = pruned(_tree(tokens, parents, scores), self.budget, limits.room)
+        tree = pruned(tree_of(tokens, parents, scores), self.budget, limits.room)
         self._remembered.keep(state, replace(now, drafted=tree.counts))
         return tree
 
@@ -301,12 +300,13 @@ class AdaEDLGrowth:
 class CostAwareGrowth:
     """A dynamic tree of as many nodes as maximise expected tokens per second, by stored costs (CaDDTree, 2606.01813).
 
-    Each sequence decides for itself, from its drafted probabilities, its length and the costs alone: a batch drafts
-    what each would alone, and a replay what was decoded.
+    It is drafted no deeper where another pass can't pay for itself. Each sequence decides for itself, from its drafted
+    probabilities, its length and the costs alone: a batch drafts what each would alone, and a replay what was decoded.
 
     Attributes:
-        round_ms: milliseconds of a round of 0 … budget nodes.
+        round_ms: milliseconds of a round of 0 … budget nodes, drafted to `depth`.
         contexts, by_context: lengths at which these costs were measured, and the costs there; none: they hold for all.
+        pass_ms: milliseconds of drafting one depth more; 0: it is not known, and all depths are drafted.
     """
 
     round_ms: tuple[float, ...]
@@ -314,95 +314,27 @@ class CostAwareGrowth:
     width: int
     contexts: tuple[int, ...] = ()
     by_context: tuple[tuple[float, ...], ...] = ()
+    pass_ms: float = 0.0
 
     @property
     def budget(self) -> int:
         return len(self.round_ms) - 1
 
     def grow(self, drafter: Drafter, state: Any, proposal: Proposal, limits: Limits) -> DraftTree:
-        tree = _dynamic(drafter, state, proposal, self.depth, self.width, limits)
-        if not self.contexts or limits.draws is None:
-            return affordable(tree, self.round_ms, limits.room)
-        return affordable(tree, at_contexts(self.by_context, self.contexts, limits.draws.positions), limits.room)
-
-
-def _dynamic(
-    drafter: Drafter, state: Any, proposal: Proposal, depth: int, width: int, limits: Limits, least_mass: float = 0.0
-) -> DraftTree:
-    def frontier(level: Tensor, pool: Tensor) -> int:
-        return min(width, level.shape[1])
-
-    return _drafted(drafter, state, proposal, depth, width, limits, frontier, least_mass)
-
-
-def _drafted(
-    drafter: Drafter,
-    state: Any,
-    proposal: Proposal,
-    depth: int,
-    width: int,
-    limits: Limits,
-    frontier: Callable[[Tensor, Tensor], int],
-    least_mass: float = 0.0,
-) -> DraftTree:
-    """Everything drafted, depth by depth, `width` children of each node of the frontier.
-
-    Args:
-        frontier: how many of the last depth's likeliest nodes are expanded, from the path log probabilities of that
-            depth `[B, M]` and of all nodes so far `[B, N]`; 0 ends the drafting.
-        least_mass: a sequence is drafted no deeper once its frontier's path probabilities sum up to less.
-    """
-    log_q = proposal.log_q[:, 0]
-    batch, vocab = log_q.shape
-    children = min(width, vocab)
-    deepest = min(depth, int(limits.room.max()) if batch else 0)
-    device = log_q.device
-    values, ids = log_q.topk(children, dim=-1)
-    tokens = [drafter.vocab.to_target(ids)]
-    parents = [torch.full_like(ids, -1)]
-    scores = [values]
-    pool, expanded = 0, 0
-    for level in range(1, deepest):
-        wide = frontier(scores[-1], torch.cat(scores, 1))
-        if wide == 0:
-            break
-        if level == 1:
-            best_scores = values[:, :wide]
-            order = torch.arange(wide, device=device).expand(batch, -1)
-            parent_slots = torch.full_like(order, -1)
+        if self.contexts and limits.draws is not None:
+            costs = at_contexts(self.by_context, self.contexts, limits.draws.positions)
         else:
-            best_scores, order = scores[-1].topk(wide, dim=-1)
-            parent_slots = expanded + order // children
-            expanded = tokens[-1].shape[1] // children + expanded
-        frontier_tokens = tokens[-1].gather(1, order)
-        ended = torch.isin(frontier_tokens, limits.ends)
-        if least_mass:
-            mass = best_scores.masked_fill(ended, -torch.inf).exp().sum(1)
-            best_scores = best_scores.masked_fill((mass < least_mass)[:, None], -torch.inf)
-            # A pass is spared where no sequence goes deeper, at the price of asking the device.
-            if not bool((best_scores > -torch.inf).any()):
-                break
-        chosen = pool + order  # the frontier's places in the pool of all nodes
-        child_q = drafter.expand(state, Frontier(frontier_tokens, parent_slots, level)).log_q
-        best, best_ids = child_q.masked_fill(ended[:, :, None], -torch.inf).topk(children, dim=-1)
-        pool += tokens[-1].shape[1]
-        tokens.append(drafter.vocab.to_target(best_ids).reshape(batch, -1))
-        parents.append(chosen[:, :, None].expand(-1, -1, children).reshape(batch, -1))
-        scores.append((best_scores[:, :, None] + best).reshape(batch, -1))
-    return _tree(tokens, parents, scores)
+            whole = torch.tensor(self.round_ms, dtype=torch.float64, device=limits.room.device)
+            costs = whole.expand(len(limits.room), -1)
 
+        def drafted_to(depth: Tensor | int) -> Tensor:
+            spared = torch.as_tensor(self.depth - depth, device=costs.device) * self.pass_ms
+            return costs - spared.reshape(-1, 1)
 
-def _tree(tokens: Sequence[Tensor], parents: Sequence[Tensor], scores: Sequence[Tensor]) -> DraftTree:
-    """The trees of nodes given depth by depth, each `[B, M]`."""
-    batch = tokens[0].shape[0]
-    device = tokens[0].device
-    widths = [t.shape[1] for t in tokens]
-    depths = torch.repeat_interleave(torch.arange(1, len(widths) + 1), torch.tensor(widths)).to(device)
-    return DraftTree(
-        torch.cat(list(tokens), 1),
-        torch.cat(list(parents), 1),
-        depths.expand(batch, -1),
-        torch.cat(list(scores), 1).float(),
-        torch.zeros((batch, sum(widths)), dtype=torch.int64, device=device),
-        torch.full((batch,), sum(widths), dtype=torch.int64, device=device),
-    )
+        def worth(mass: Tensor, pool: Tensor, level: int) -> Tensor:
+            return pays(mass, pool, drafted_to(level), self.pass_ms)
+
+        tree = dynamic(drafter, state, proposal, self.depth, self.width, limits, worth if self.pass_ms else None)
+        known = (tree.log_q > -torch.inf) & (tree.depths <= limits.room[:, None])
+        reached = tree.depths.masked_fill(~known, 1).amax(1)
+        return affordable(tree, drafted_to(reached), limits.room)

@@ -19,6 +19,7 @@ from draftsmith.decoding.costs import (
     best_sizes,
     refuse_other_target,
     stored_contexts,
+    stored_pass_ms,
     stored_round_costs,
 )
 from draftsmith.decoding.growth import CostAwareGrowth, DynamicGrowth, GrowthOptions
@@ -155,8 +156,13 @@ def test_a_sequences_own_length_decides_its_budget(tmp_path: Path) -> None:
     path = stored(tmp_path, MEASURED)
     built = GrowthOptions(kind="cost-aware", profile=path, drafter="a", node_budget=2, depth=5, width=2).build()
     assert built == CostAwareGrowth(
-        (119.0, 121.0, 123.0), 5, 2, (100, 300), ((119.0, 121.0, 123.0), (319.0, 321.0, 323.0))
+        (119.0, 121.0, 123.0), 5, 2, (100, 300), ((119.0, 121.0, 123.0), (319.0, 321.0, 323.0)), 2.0
     )
+    assert stored_pass_ms(path, 5, 6, 4, "b") == 16.0
+    assert stored_pass_ms(path, 1, 2, 1, "a") == 0.0
+    given = GrowthOptions(kind="cost-aware", profile=path, drafter="a", depth=5, width=2, draft_ms=3.0).build()
+    assert isinstance(given, CostAwareGrowth)
+    assert given.pass_ms == 0.0, "the user's own figure says nothing of passes"
 
 
 def test_what_is_measured_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -251,6 +251,38 @@ def test_the_cost_aware_budget_is_the_best_of_all(seed: int, costs: list[float],
         same(row, eagle2(table, b, size, 4, 3, room[b], {3}))
 
 
+@given(
+    seed=st.integers(0, 10**6),
+    costs=st.lists(st.floats(6, 20), min_size=2, max_size=20).map(sorted),
+    pass_ms=st.floats(0.1, 1.9),
+    room=st.lists(st.integers(0, 5), min_size=1, max_size=3),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_cost_aware_tree_is_as_deep_as_a_pass_may_pay(
+    seed: int, costs: list[float], pass_ms: float, room: list[int]
+) -> None:
+    table, depth, width = Table(seed, VocabMap.identity(6)), 4, 3
+    found = grown(table, CostAwareGrowth(tuple(costs), depth, width, pass_ms=pass_ms), room, [3])
+    for b, row in enumerate(found):
+
+        def rates(level: int, reached: int, b: int = b) -> list[float]:
+            known = eagle2(table, b, 10**6, level, width, room[b], {3})
+            best = sorted((math.exp(value) for _, value in known), reverse=True)
+            now = [cost - (depth - reached) * pass_ms for cost in costs]
+            return [(1 + sum(best[:k])) / now[k] for k in range(min(len(best), len(costs) - 1) + 1)]
+
+        level = 1
+        while level < min(depth, room[b]):
+            known = eagle2(table, b, 10**6, level, width, room[b], {3})
+            last = sorted(((value, path) for path, value in known if len(path) == level), reverse=True)[:width]
+            if sum(math.exp(value) for value, path in last if path[-1] != 3) < pass_ms * max(rates(level, level)):
+                break
+            level += 1
+        deepest = max((len(path) for path, _ in eagle2(table, b, 10**6, level, width, room[b], {3})), default=1)
+        last_rates = rates(level, deepest)
+        same(row, eagle2(table, b, last_rates.index(max(last_rates)), level, width, room[b], {3}))
+
+
 def test_cheap_rows_buy_more_nodes_and_dear_ones_none() -> None:
     table = Table(2, VocabMap.identity(6))
     flat = CostAwareGrowth((10.0,) * 16, 4, 4)
@@ -261,6 +293,19 @@ def test_cheap_rows_buy_more_nodes_and_dear_ones_none() -> None:
     assert grown(table, proportional, [9]) == [{}]
     step = CostAwareGrowth(tuple(10.0 if k < 8 else 30.0 for k in range(16)), 4, 4)
     assert len(grown(table, step, [9])[0]) == 7
+
+
+def test_passes_are_spared_where_they_cannot_pay() -> None:
+    """The same drafter and the same costs of verifying: what a draft pass costs decides how many are made."""
+
+    def passes(pass_ms: float) -> int:
+        table = Table(2, VocabMap.identity(6))
+        grown(table, CostAwareGrowth(tuple(20.0 + k / 8 for k in range(16)), 6, 4, pass_ms=pass_ms), [9])
+        return max((len(path) for path in table.asked), default=0)
+
+    assert passes(0.0) == passes(1e-3) == 5, "all six depths"
+    assert 1 <= passes(1.5) < 5
+    assert passes(3.9) < passes(1.5)
 
 
 def test_options_build_the_policies(tmp_path: File) -> None:
