@@ -300,6 +300,14 @@ def test_several_runs_side_by_side(several: tuple[Path, Page]) -> None:
     assert "No training curves" in page.texts["curves"]
 
 
+@pytest.mark.filterwarnings("error:constrained_layout not applied")
+def test_drawings_have_room_for_many_and_long_names(tmp_path: Path) -> None:
+    folders = [write_synthetic_run(tmp_path / f"a rather long name of a run, number {n}") for n in range(5)]
+    page = write_report(folders, tmp_path / "out")
+    drawn = (page.parent / "figures" / "acceptance-depth.svg").read_text(encoding="utf-8")
+    assert all(f"number {n}" in drawn for n in range(5))
+
+
 def test_the_matrix_has_every_result_once(several: tuple[Path, Page], tmp_path: Path) -> None:
     path, page = several
     folder = path.parent.parent

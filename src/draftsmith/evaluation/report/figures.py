@@ -344,9 +344,10 @@ def _line(number: int) -> dict[str, Any]:
 
 
 def _folded(name: str, longest: int = 24) -> str:
-    """A long label on two lines, broken at a comma, for labels take their width from the drawing."""
+    """A long label on two lines, broken at a comma, and cut there: labels take their width from the drawing."""
     first, comma, last = name.rpartition(", ")
-    return f"{first},\n{last}" if comma and len(name) > longest else name
+    lines = [f"{first},", last] if comma and len(name) > longest else [name]
+    return "\n".join(line if len(line) <= longest + 4 else f"{line[: longest + 3]}…" for line in lines)
 
 
 def _legend_columns(names: Sequence[str], most: int = 3) -> int:

@@ -32,7 +32,7 @@ def names(folders: Sequence[Path]) -> list[str]:
         found = ["/".join(p[-depth:]) for p in parts]
         if max(Counter(found).values(), default=1) == 1:
             return found
-    return [f"{name} ({number})" for number, name in enumerate(("/".join(p) for p in parts), start=1)]
+    return [f"{p[-1]} ({number})" for number, p in enumerate(parts, start=1)]  # one folder twice
 
 
 def merged(runs: Mapping[str, Run]) -> Run:
