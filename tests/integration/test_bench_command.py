@@ -78,6 +78,9 @@ def test_benchmarks_drafters_and_baselines(root: Path, tmp_path: Path, monkeypat
     assert by_name["mine", "head"].prompts == 2, "two turns"
     assert "answers are right" in ended.out
     assert json.loads((out / "provenance.json").read_text(encoding="utf-8"))["facts"]["Prompts"] == "gsm8k, mine"
+    table = (out / "table.md").read_text(encoding="utf-8")
+    assert "--benchmark gsm8k," in table
+    assert table.count("\n| gsm8k |") == table.count("\n| mine |") == 2 * len(who)
     rows = list(artefacts.read_jsonl(out / "bench.jsonl"))
     assert len(rows) == 4 * 2 * 8
     # again: everything is there

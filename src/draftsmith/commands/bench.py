@@ -25,7 +25,7 @@ from draftsmith.evaluation.endpoint import EndpointMode
 from draftsmith.evaluation.measured import PLAIN
 from draftsmith.evaluation.modes import Mode
 from draftsmith.evaluation.peers import TRANSFORMERS, TransformersMode
-from draftsmith.evaluation.summary import Result, Summary, read_summary, result_table, write_summary
+from draftsmith.evaluation.summary import Result, Summary, read_summary, result_markdown, result_table, write_summary
 from draftsmith.foundation import artefacts, console, provenance
 from draftsmith.foundation.errors import UserError
 from draftsmith.foundation.options import validate
@@ -33,7 +33,7 @@ from draftsmith.pipeline import Run
 from draftsmith.target.model import HFTarget
 from draftsmith.target.vocabulary import VocabMap
 
-ROWS, SUMMARY = "bench.jsonl", "summary.json"
+ROWS, SUMMARY, TABLE = "bench.jsonl", "summary.json", "table.md"
 LOOKUP, THEIR_LOOKUP, ASSISTED = "prompt-lookup", "transformers-prompt-lookup", "assisted"
 BASELINES = (LOOKUP, TRANSFORMERS, f"{THEIR_LOOKUP}[:TOKENS]", f"{ASSISTED}[:TOKENS]=FOLDER", "NAME=http://…")
 
@@ -60,7 +60,7 @@ class Asked:
 
 
 def bench(run: Run, asked: Asked, out: Path, redo: bool = False) -> list[Result]:
-    """Measure, write `bench.jsonl`, `summary.json` and `provenance.json` into `out`, print the table.
+    """Measure, write `bench.jsonl`, `summary.json`, `table.md` and `provenance.json` into `out`, print the table.
 
     Raises:
         UserError: something that was asked for is not there; nothing could be measured.
@@ -91,7 +91,9 @@ def bench(run: Run, asked: Asked, out: Path, redo: bool = False) -> list[Result]
     results = benching.results(rows, options.seed)
     write_summary(out / SUMMARY, Summary(schema=1, results=results))
     facts = {"Target": f"{run.recipe.target.name} ({target.spec.dtype})", "Prompts": ", ".join(sets)}
-    artefacts.write_json(out / "provenance.json", {**provenance.collect(), "facts": facts})
+    about = {**provenance.collect(), "facts": facts, "bench": options.model_dump(mode="json")}
+    artefacts.write_json(out / "provenance.json", about)
+    artefacts.write_text(out / TABLE, document(results, about))
     columns, table = result_table(results)
     console.table("Same target and prompts, by turns", columns, table)
     for line in accuracy(results):
@@ -116,6 +118,14 @@ def against(results: Sequence[Result], before: Path) -> bool:
     if not found.worse:
         console.say(f"no regression against {before} ({found.compared} compared)")
     return not found.worse
+
+
+def document(results: Sequence[Result], about: Mapping[str, object]) -> str:
+    """The table for a document: the command that made it, on which machine, when, and the numbers."""
+    where = f"{about['processor']}, {about['threads']} of {about['cores']} cores' threads"
+    target = about["facts"]["Target"] if isinstance(about["facts"], dict) else ""
+    made = f"{target}; {where}; {str(about['time'])[:10]}; draftsmith {str(about['git'] or '')[:12]}"
+    return f"    {about['command']}\n\n{made.strip('; ')}.\n\n{result_markdown(results)}"
 
 
 def stage_results(folder: Path) -> list[Result]:

@@ -219,6 +219,44 @@ def result_table(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]
     return columns, rows
 
 
+def result_markdown(results: Sequence[Result]) -> str:
+    """The results as a Markdown table; who drafted, and right answers, where there is something to say."""
+    several = len({r.drafters for r in results}) > 1
+    graded = any(r.graded for r in results)
+    columns = ["set", "T", *(["drafters"] * several), "prompts", "τ", "τ, 95 %", "α by depth", "round cost", "speed-up"]
+    columns += ["95 %", "tokens/s", "first token", *(["right answers"] * graded), "loops", "equal"]
+    rows = [columns, ["---", *["--:"] * (len(columns) - 1)]]
+    for r in results:
+        low, high = r.acceptance_length_low, r.acceptance_length_high
+        times = [r.plain_first_token_ms, r.first_token_ms]
+        rates = [r.plain_accuracy, r.accuracy]
+        right = [_between([f"{100 * x:.0f} %" for x in rates if x is not None])] if r.graded else ["–"]
+        rows.append(
+            [
+                r.set,
+                f"{r.temperature:g}",
+                *([r.drafters] * several),
+                "–" if r.prompts is None else str(r.prompts),
+                f"{r.acceptance_length:.2f}",
+                "–" if low is None or high is None else f"{low:.2f}–{high:.2f}",
+                " ".join(f"{a:.2f}" for a in r.acceptance_by_depth),
+                f"{r.round_cost:.2f}",
+                f"{r.speedup.estimate:.2f}×",
+                interval_text(r.speedup),
+                f"{r.plain_tokens_per_second:.1f} → {r.tokens_per_second:.1f}",
+                _between([f"{t:.0f} ms" for t in times if t is not None]),
+                *(right * graded),
+                "–" if r.looping_answers is None else str(r.looping_answers),
+                lossless_text(r.lossless) if r.lossless.checked else "–",
+            ]
+        )
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _between(values: Sequence[str]) -> str:
+    return " → ".join(values) if len(values) == 2 else "–"
+
+
 def interval_text(speedup: Speedup) -> str:
     """`1.41–1.63`, or a dash where one prompt allows no interval."""
     return "–" if speedup.low is None or speedup.high is None else f"{speedup.low:.2f}–{speedup.high:.2f}"

@@ -25,7 +25,7 @@ def collect() -> dict[str, object]:
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )
     return {
-        "command": command_line(sys.argv),
+        "command": command_line([*_program(sys.argv[0]), *sys.argv[1:]]),
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "git": _git(),
         "python": platform.python_version(),
@@ -49,6 +49,11 @@ def command_line(arguments: list[str]) -> str:
         shown.append("***" if blank_next else f"{name}=***" if secret and equals else argument)
         blank_next = secret and not equals
     return shlex.join(shown)
+
+
+def _program(path: str) -> list[str]:
+    """How a program is called, without where it lies: documents quote it."""
+    return ["python", "-m", "draftsmith"] if Path(path).name == "__main__.py" else [Path(path).name]
 
 
 def _version(package: str) -> str | None:

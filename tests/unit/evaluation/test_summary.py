@@ -14,6 +14,7 @@ from draftsmith.evaluation.summary import (
     StageTime,
     Summary,
     read_summary,
+    result_markdown,
     result_table,
     summarise,
     write_summary,
@@ -133,3 +134,17 @@ def test_table() -> None:
     assert row["equal"] == "2 of 3 (1 near tie)"
     assert row["round cost"] == "1.12"
     assert row["T"] == "0"
+
+
+def test_markdown_table() -> None:
+    graded = a_result(graded=30, accuracy=0.5, plain_accuracy=0.4667, first_token_ms=51.2, plain_first_token_ms=50.0)
+    for results in ([graded], [graded, a_result(drafters="other", acceptance_length_low=None)]):
+        head, rule, *body = result_markdown(results).splitlines()
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *body)]
+        assert len({len(row) for row in cells}) == 1 == len({rule.count("|") - 1, len(cells[0])})
+        found = [dict(zip(cells[0], row, strict=True)) for row in cells[1:]]
+        assert ("drafters" in found[0]) == (len(results) > 1)
+        assert (found[0]["τ"], found[0]["speed-up"], found[0]["equal"]) == ("2.40", "1.29×", "2 of 3 (1 near tie)")
+        assert (found[0]["right answers"], found[0]["first token"]) == ("47 % → 50 %", "50 ms → 51 ms")
+    assert (found[1]["drafters"], found[1]["right answers"], found[1]["τ, 95 %"]) == ("other", "–", "–")
+    assert "right answers" not in result_markdown([a_result()])

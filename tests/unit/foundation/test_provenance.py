@@ -21,6 +21,9 @@ def test_collect_is_json_and_names_what_ran(monkeypatch: pytest.MonkeyPatch) -> 
     assert found["versions"]["torch"] == torch.__version__
     assert found["threads"] == torch.get_num_threads()
     assert found["time"].endswith("+00:00")
+    for path, said in (("/home/me/.venv/bin/draftsmith", "draftsmith"), ("/a/__main__.py", "python -m draftsmith")):
+        monkeypatch.setattr("sys.argv", [path, "score"])
+        assert provenance.collect()["command"] == f"{said} score"
 
 
 def test_secrets_are_blanked_and_other_options_are_not() -> None:
