@@ -109,7 +109,33 @@ def _register(name: str, text: str) -> None:
 
 _register("prompts", "Make or read prompts and part them into train, dev and test.")
 _register("regenerate", "Let the target answer the prompts in its own words.")
-_register("score", "Statistics of every answer token, in one frozen pass of the target.")
+
+
+@app.command()
+def score(
+    overrides: Overrides = None,
+    run: RunFolder = RUN,
+    recipe: RecipeName = None,
+    target: Target = None,
+    data: Data = None,
+    server: Server = None,
+    redo: Redo = False,
+    plan: Plan = False,
+    cost: Annotated[
+        bool, typer.Option("--cost", help="Write nothing; say what scores cost beside the pass and beside training.")
+    ] = False,
+) -> None:
+    """Statistics of every answer token, in one frozen pass of the target."""
+    from draftsmith.commands import cost as costs
+    from draftsmith.commands import stage
+
+    assigned = stage.assignments(overrides, target, data, server)
+    if cost:
+        costs.cost_of_scores(stage.opened(run, recipe, assigned))
+    else:
+        stage.one("score", run, recipe, assigned, plan=plan, redo=redo)
+
+
 _register("select", "Choose the samples that are worth training on.")
 _register("features", "Store the target's hidden states of what was kept.")
 _register("train", "Train a drafter; the checkpoint that decodes best on dev is kept.")
@@ -432,14 +458,18 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="A data file, or an artefact's folder.")],
     row: Annotated[int, typer.Option(min=0, help="Which conversation or sample.")] = 0,
     flatness: Annotated[
-        bool, typer.Option("--flatness", help="Colour tokens by the target's flatness (feature stores).")
+        bool,
+        typer.Option(
+            "--flatness", help="Colour tokens by the target's flatness, and show the corpus's (what score wrote)."
+        ),
     ] = False,
+    html: Annotated[Path | None, typer.Option(help="With --flatness: write a page of it, too.")] = None,
     target: Annotated[str | None, typer.Option(help="Whose tokenizer and template; default: the run's.")] = None,
 ) -> None:
     """Look at a conversation as the trainer sees it, or at what an artefact holds."""
     from draftsmith.commands.inspect import inspect as look
 
-    look(path, row=row, flatness=flatness, target=target)
+    look(path, row=row, flatness=flatness, target=target, html=html)
 
 
 @app.command()

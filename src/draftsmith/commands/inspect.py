@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,12 @@ from draftsmith.data import features
 from draftsmith.data.conversations import Conversation, Message, from_row, read_conversations
 from draftsmith.data.features import FeatureStore, StoredSample
 from draftsmith.data.samples import samples_of
+from draftsmith.evaluation.report import flatness as corpus
+from draftsmith.evaluation.report.inputs import Scored
 from draftsmith.foundation import artefacts, console
 from draftsmith.foundation.errors import UserError
 from draftsmith.numerics.distributions import flatness_from_log_norm
+from draftsmith.selection.samples import Selection
 from draftsmith.target.detokenise import token_texts
 
 ANSWER = "bold #2f8f37"
@@ -24,15 +28,19 @@ ANSWER = "bold #2f8f37"
 FLATNESS = ("#3a2f0b", "#5a430c", "#7d560b", "#a5660a", "#d07408")
 
 
-def inspect(path: Path, row: int = 0, flatness: bool = False, target: str | None = None) -> None:
+def inspect(
+    path: Path, row: int = 0, flatness: bool = False, target: str | None = None, html: Path | None = None
+) -> None:
     """Show an artefact's kind, meta and files, and conversation number `row` where there are conversations in it.
 
     Args:
         path: an artefact's folder, or a data file (jsonl, json, parquet, a folder of them).
         row: which conversation or sample, counted from 0.
-        flatness: colour the answer's tokens by how flat the target's distribution was; feature stores only.
+        flatness: colour the answer's tokens by how flat the target's distribution was, and show how flat it is over
+            all of them; feature stores only.
         target: whose tokenizer and template are used; default: that of the run the artefact lies in. Without any,
             conversations are shown as text and samples as ids.
+        html: with `flatness`, a page to write of the corpus's distribution and some answers, sample `row` the first.
 
     Raises:
         UserError: there is nothing there, it is damaged, has no such row, or holds no flatness.
@@ -40,10 +48,15 @@ def inspect(path: Path, row: int = 0, flatness: bool = False, target: str | None
     kind = _artefact(path) if (path / artefacts.MANIFEST).is_file() else None
     if flatness and kind != features.KIND:
         raise UserError(f"{path} is no feature store, so it holds no flatness: give the folder that `score` wrote")
+    if html is not None and not flatness:
+        raise UserError("--html writes a page of flatness: give --flatness too")
     target = target or _run_target(path)
     if kind == features.KIND:
         if (path / "index.jsonl").is_file():
-            _show_sample(FeatureStore(path, checksums=False), row, flatness, target, path)
+            store = FeatureStore(path, checksums=False)
+            _show_sample(store, row, flatness, target, path)
+            if flatness:
+                _show_corpus(store, row, target, path, html)
     elif kind is not None:
         rows = (one for name in sorted(path.glob("*.jsonl")) for one in artefacts.read_jsonl(name))
         if found := [from_row(one) for one in rows if "messages" in one]:
@@ -129,6 +142,44 @@ def _show_sample(store: FeatureStore, row: int, flatness: bool, target: str | No
             console.write(" ")
             console.write(f" {border:.4f} ", f"on {shade}")
         console.say("")
+
+
+def _show_corpus(store: FeatureStore, row: int, target: str | None, path: Path, html: Path | None) -> None:
+    """How flat the distribution is over all answers of a store, here and as a page."""
+    vocab_size = int(store.meta["vocab_size"])
+    scores = [
+        Scored(sample.id, [value for value in _flatness(sample, vocab_size) if value is not None], None)
+        for sample in store
+    ]
+    bins = corpus.distribution(scores)
+    most = max((share for *_, share in bins), default=1.0)
+    body = [[f"{a:.4f}", f"{b:.4f}", f"{share:.1%}", "█" * round(30 * share / most)] for a, b, share in bins]
+    known = sum(len(one.flatness) for one in scores)
+    console.table(f"{console.count(known)} answer tokens by flatness", ["from", "to", "share", ""], body)
+    if html is None:
+        return
+    tokenizer = None if target is None else load_tokenizer(target)
+
+    def texted(one: Scored) -> Scored:
+        sample = store[one.id]
+        ids = sample.ids.tolist()
+        texts = [f"{token} " for token in ids] if tokenizer is None else token_texts(tokenizer, ids)
+        answer = sample.mask.tolist()
+        return replace(one, pieces=[text for i, (text, on) in enumerate(zip(texts, answer, strict=True)) if i and on])
+
+    first = scores[row]
+    examples = [("this one", sum(first.flatness) / len(first.flatness), first)] if first.flatness else []
+    examples += [example for example in corpus.shown(scores) if example[2].id != first.id]
+    written = corpus.write_flatness_page(
+        scores, [(what, mean, texted(one)) for what, mean, one in examples], _kept(path), str(path), html
+    )
+    console.say(f"a page of them: {written}")
+
+
+def _kept(path: Path) -> set[str] | None:
+    """What a selection beside the store kept, where the store is a run's."""
+    rows = path.parent / "selection" / "selection.jsonl"
+    return set(Selection.from_rows(artefacts.read_jsonl(rows)).kept) if rows.is_file() else None
 
 
 def _flatness(sample: StoredSample, vocab_size: int) -> list[float | None]:

@@ -15,9 +15,13 @@ from draftsmith.commands import terminal
 from draftsmith.commands.inspect import ANSWER, FLATNESS, inspect, shade_borders
 from draftsmith.data import features, regenerate
 from draftsmith.data.conversations import Answer, Conversation, Message, to_row
+from draftsmith.data.features import FeatureStore
 from draftsmith.data.samples import Sample, samples_of
+from draftsmith.evaluation.report.flatness import BINS, distribution, shown
+from draftsmith.evaluation.report.inputs import Scored
 from draftsmith.foundation import artefacts
 from draftsmith.foundation.errors import UserError
+from draftsmith.selection.samples import Selection
 from draftsmith.target.protocol import FeatureSpec
 
 TALK = (Message("user", "One?"), Message("assistant", "Yes 🙂."), Message("user", "Two?"), Message("assistant", "No."))
@@ -142,6 +146,58 @@ def test_a_feature_store_and_its_flatness(
     assert "<|im_start|>user\nOne?<|im_end|>" in seen[0][0]
     assert seen[0][1] == "dim"
     assert {"", *(f"on {shade}" for shade in FLATNESS)} <= {style for _, style in seen}
+
+
+def test_the_corpus_s_flatness_and_its_page(
+    store: Path, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "pages" / "flat.html"
+    inspect(store, row=1, flatness=True, target=place, html=page)
+    out = capsys.readouterr().out
+    found = FeatureStore(store)
+    vocab = int(found.meta["vocab_size"])
+    norms = torch.cat([s.statistics["log_norm"][s.answer_rows] for s in found])
+    values = (torch.exp(-norms.double()) / vocab**0.5).tolist()
+    assert f"{len(values)} answer tokens by flatness" in out
+    bins = [tuple(map(float, row)) for row in re.findall(r"│ (0\.\d{4}) │ (\d\.\d{4}) │ +([\d.]+)%", out)]
+    assert len(bins) == BINS
+    assert (bins[0][0], bins[-1][1]) == pytest.approx((min(values), max(values)), abs=1e-4)
+    assert sum(share for *_, share in bins) == pytest.approx(100, abs=0.1 * BINS)
+    # shares of whole tokens, counted one by one; a value within rounding of a border may fall on either side
+    for low, high, share in bins:
+        surely = sum(low + 1e-4 < v < high - 1e-4 for v in values)
+        perhaps = sum(low - 1e-4 <= v <= high + 1e-4 for v in values)
+        assert 100 * surely / len(values) - 0.06 <= share <= 100 * perhaps / len(values) + 0.06
+    text = page.read_text(encoding="utf-8")
+    read = re.sub(r"<[^>]+>", "", text)
+    assert "Yes 🙂." in read
+    assert read.index("this one") < read.index("Yes 🙂."), "sample 1 stands before sample 0"
+    assert not re.search(r"(src|href)=\"http|url\(http", text)
+    assert text.count("<svg") == 1, "no selection, so only the tokens are drawn"
+    own = [float(v) for v in re.findall(r'title="flatness ([\d.]+)"', text)]
+    assert sorted(own) == pytest.approx(sorted(values), abs=1e-4)
+    chosen = Selection(("a",), {"b": "not chosen"}, {"a": 0.5, "b": 0.1}, (0.5,), 3, 5, 10, 20)
+    artefacts.write_jsonl(store.parent / "selection" / "selection.jsonl", chosen.to_rows())
+    inspect(store, flatness=True, target=place, html=page)
+    text = page.read_text(encoding="utf-8")
+    assert (text.count("<svg"), "1 samples were kept" in text) == (2, True)
+    with pytest.raises(UserError, match="give --flatness too"):
+        inspect(store, html=page)
+
+
+def test_the_corpus_s_examples_are_flat_middling_and_peaked() -> None:
+    scores = [Scored(f"s{i:02}", [0.01 * i] * 3, None) for i in range(1, 12)]
+    names = [(what, sample.id) for what, _, sample in shown(scores)]
+    assert names == [
+        ("flattest", "s11"),
+        ("flattest", "s10"),
+        ("middle", "s07"),
+        ("middle", "s06"),
+        ("least flat", "s02"),
+        ("least flat", "s01"),
+    ]
+    assert [sample.id for _, _, sample in shown([*scores[:3], Scored("none", [], None)])] == ["s03", "s02", "s01"]
+    assert distribution([]) == []
 
 
 def test_shades_begin_at_the_median() -> None:
