@@ -5,6 +5,7 @@ cell, named by what decides its result, so a command can be killed at any moment
 
     OUT/shared/…              prompts, answers, feature stores: one for all cells
     OUT/cells/<cell>/         a cell's rows (an artefact, kind "study-cell"); beside it what it needs to go on
+    OUT/locks/                who makes a cell now: commands that run at the same time share the cells out
     OUT/results/              rows.jsonl, study.json, table.md, figures
 """
 
@@ -168,6 +169,9 @@ class Progress:
 def run(study: Study, out: Path, seconds: float | None = None) -> Progress:
     """Run the cells that are not done, and write the results of those that are.
 
+    The same command may run several times at once (side by side where memory allows, or on several devices): what they
+    share is made by one while the others wait, and a cell that another is making is passed over.
+
     Args:
         seconds: time budget. When it is spent, the command ends cleanly: what was done stays done, a training goes on
             from its last saved state.
@@ -175,28 +179,54 @@ def run(study: Study, out: Path, seconds: float | None = None) -> Progress:
     settings = study.settings()
     if doubled := {s.name for s in settings if sum(t.name == s.name for t in settings) > 1}:
         raise UserError(f"the grid has the cell {sorted(doubled)[0]} more than once: give each method once a setting")
-    done = 0
+    places: list[Path] = []
     try:
         with time_box(seconds):
-            study.prepare()
+            with claimed(out / "locks" / "shared", wait=True):
+                study.prepare()
             places = [place(study, setting, out) for setting in settings]
-            done = sum(map(finished, places))
             for number, (setting, folder) in enumerate(zip(settings, places, strict=True), start=1):
-                if finished(folder):
-                    continue
-                console.heading(f"cell {number} of {len(settings)}: {setting.name}")
-                rows = study.run(setting, folder.with_name(folder.name + ".work"))
-                with artefacts.writing(folder, KIND, _meta(study, setting)) as scratch:
-                    artefacts.write_jsonl(scratch / ROWS, (row.model_dump(mode="json") for row in rows))
-                done += 1
+                with claimed(out / "locks" / folder.name) as free:
+                    if not free or finished(folder):
+                        continue
+                    console.heading(f"cell {number} of {len(settings)}: {setting.name}")
+                    rows = study.run(setting, folder.with_name(folder.name + ".work"))
+                    with artefacts.writing(folder, KIND, _meta(study, setting)) as scratch:
+                        artefacts.write_jsonl(scratch / ROWS, (row.model_dump(mode="json") for row in rows))
                 write_results(study, out, places)
     except TimeUp:
+        done = sum(map(finished, places))
         console.say(
             f"the time budget is spent: {len(settings) - done} of {len(settings)} cells left; the same command goes on"
         )
         return Progress(done, len(settings))
     write_results(study, out, places)
+    done = sum(map(finished, places))
+    if done < len(settings):
+        console.say(f"{len(settings) - done} of {len(settings)} cells are being made by other commands")
     return Progress(done, len(settings))
+
+
+@contextmanager
+def claimed(path: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether nobody else holds the lock of this name; it is held while the block runs, and goes with the process.
+
+    Args:
+        wait: until it is free. Without a kind of lock on this system everybody gets it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield True
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def place(study: Study, setting: Setting, out: Path) -> Path:
@@ -230,16 +260,17 @@ def results_folder(out: Path) -> Path:
 
 
 def write_results(study: Study, out: Path, places: Sequence[Path]) -> None:
-    """Write rows, tables and figures of the cells that are done."""
-    rows: list[Row] = []
-    for folder in filter(finished, places):
-        artefacts.opened(folder, KIND, checksums=False)
-        rows += read_rows(folder / ROWS)
+    """Write rows, tables and figures of the cells that are done; one command at a time."""
     results = out / "results"
-    artefacts.write_jsonl(results / ROWS, (row.model_dump(mode="json") for row in rows))
     about = {"options": study.options.model_dump(mode="json"), "cells": len(places), "provenance": provenance.collect()}
-    artefacts.write_json(results / "study.json", about)
-    show(study, rows, results, say=False)
+    with claimed(out / "locks" / "results", wait=True):
+        rows: list[Row] = []
+        for folder in filter(finished, places):
+            artefacts.opened(folder, KIND, checksums=False)
+            rows += read_rows(folder / ROWS)
+        artefacts.write_jsonl(results / ROWS, (row.model_dump(mode="json") for row in rows))
+        artefacts.write_json(results / "study.json", about)
+        show(study, rows, results, say=False)
 
 
 def show(study: Study, rows: Sequence[Row], results: Path, say: bool = True) -> None:

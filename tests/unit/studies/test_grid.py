@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,6 +90,40 @@ def test_a_done_grid_runs_no_cell(tmp_path: Path) -> None:
     again = Counting()
     assert grid.run(again, tmp_path) == Progress(3, 3)
     assert again.runs == []
+
+
+def test_two_commands_share_the_cells_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Both(Counting):
+        """Starts the same command while it is in the middle of its first cell."""
+
+        def run(self, setting: Setting, folder: Path) -> list[Row]:
+            if setting.seed == 0:
+                assert grid.run(other, tmp_path) == Progress(2, 3)
+            return super().run(setting, folder)
+
+    other, first = Counting(), Both()
+    assert grid.run(first, tmp_path) == Progress(3, 3)
+    assert [name[-1] for name in other.runs] == ["1", "2"]
+    assert [name[-1] for name in first.runs] == ["0"], "what the other did is not done again"
+    assert "1 of 3 cells are being made by other commands" in capsys.readouterr().out
+    assert [r.seed for r in grid.read_rows(tmp_path / "results" / grid.ROWS)] == [0, 1, 2]
+
+
+def test_what_is_shared_is_made_by_one_at_a_time(tmp_path: Path) -> None:
+    inside: list[str] = []
+
+    class Slow(Counting):
+        def prepare(self) -> None:
+            inside.append("in")
+            time.sleep(0.1)
+            inside.append("out")
+
+    threads = [threading.Thread(target=grid.run, args=(Slow(), tmp_path)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert inside == ["in", "out"] * 3
 
 
 def test_other_inputs_make_other_cells_and_leave_the_old_ones(tmp_path: Path) -> None:
