@@ -3,9 +3,11 @@ counters read before and after each prompt.
 
 Prompts are sent as token ids. vLLM's `/metrics` counts drafts, drafted and accepted tokens and acceptances at each
 position; a prompt's share is the difference, which holds while nobody else uses the server and one prompt is decoded at
-a time. From it the rounds are written down in an order of our own, for the counters have none. Where a server counts
-nothing, or prompts are decoded together, a round is what it streamed at once: vLLM and SGLang send a round's tokens
-together, but a client that is too slow sees two rounds as one, and how many tokens were drafted is not told.
+a time. From it the rounds are written down in an order of our own, for the counters have none. SGLang counts its verify
+passes alone (with --enable-metrics; its acceptance figures are means over an interval): what they accepted is what is
+left of the answer's tokens, spread evenly, so its acceptance by depth says nothing. Where a server counts nothing, or
+prompts are decoded together, a round is what it streamed at once: vLLM and SGLang send a round's tokens together, but a
+client that is too slow sees two rounds as one, and how many tokens were drafted is not told.
 """
 
 from __future__ import annotations
@@ -33,22 +35,34 @@ from draftsmith.target.sampling import Sampling
 SETTLED = 0.05  # seconds between two readings of the counters that have to agree
 PATIENCE = 20  # readings at most
 _LINE = re.compile(r"^vllm:spec_decode_num_(\w+?)(?:_total)?(?:\{(.*)\})?\s+(\S+)$")
+_SGLANG = re.compile(r"^sglang:spec_(verify_calls_total|num_draft_tokens)(?:\{.*\})?\s+(\S+)$")
 _POSITION = re.compile(r'position="(\d+)"')
 
 
 @dataclass(frozen=True)
 class Counters:
-    """vLLM's speculative counters: drafts, drafted and accepted tokens, acceptances at each position."""
+    """A server's speculative counters: drafts, drafted and accepted tokens, acceptances at each position.
+
+    `accepted_told` is False where the server counts its rounds and not what they accepted (SGLang).
+    """
 
     drafts: int = 0
     drafted: int = 0
     accepted: int = 0
     at_position: tuple[int, ...] = ()
+    accepted_told: bool = True
 
     def __sub__(self, before: Counters) -> Counters:
         held = (*before.at_position, *[0] * len(self.at_position))
         at = tuple(a - b for a, b in zip(self.at_position, held, strict=False))
-        return Counters(self.drafts - before.drafts, self.drafted - before.drafted, self.accepted - before.accepted, at)
+        drafts, drafted, accepted = self.drafts - before.drafts, self.drafted - before.drafted, self.accepted
+        return Counters(drafts, drafted, accepted - before.accepted, at, self.accepted_told)
+
+    def over(self, tokens: int) -> Counters:
+        """These counters for an answer of `tokens` tokens, its first the prefill's: what was accepted is filled in."""
+        if self.accepted_told or not self.drafts:
+            return self
+        return even_counters(self.drafted, max(0, tokens - 1 - self.drafts), tokens)
 
 
 def read_counters(text: str) -> Counters | None:
@@ -66,7 +80,7 @@ def read_counters(text: str) -> Counters | None:
         elif name == "accepted_tokens_per_pos" and (position := _POSITION.search(labels)):
             at[int(position[1])] = at.get(int(position[1]), 0.0) + value
     if not seen:
-        return None
+        return _verify_calls(text)
     places = range(max(at, default=-1) + 1)
     return Counters(
         drafts=int(totals["drafts"]),
@@ -74,6 +88,17 @@ def read_counters(text: str) -> Counters | None:
         accepted=int(totals["accepted_tokens"]),
         at_position=tuple(int(at.get(i, 0)) for i in places),
     )
+
+
+def _verify_calls(text: str) -> Counters | None:
+    """SGLang's passes, and the nodes of each (the gauge counts the root, which is no draft)."""
+    found: dict[str, list[float]] = {}
+    for match in filter(None, map(_SGLANG.match, text.splitlines())):
+        found.setdefault(match[1], []).append(float(match[2]))
+    if not (calls := found.get("verify_calls_total")):
+        return None
+    nodes = max(0, int(max(found.get("num_draft_tokens", [0.0]))) - 1)
+    return Counters(int(sum(calls)), int(sum(calls)) * nodes, accepted_told=False)
 
 
 def even_counters(drafted: int, accepted: int, tokens: int) -> Counters:
@@ -157,7 +182,8 @@ class EndpointMode:
         if before is not None and (after := self._settled()) is not None:
             g = decoded.generation
             spent = max(0.0, g.total_ms - g.prefill_ms)
-            g.rounds = rounds_of(after - before, len(g.token_ids), len(prompts[0]), spent)
+            counted = (after - before).over(len(g.token_ids))
+            g.rounds = rounds_of(counted, len(g.token_ids), len(prompts[0]), spent)
         return [decoded]
 
     def _ask(self, question: Asked, sampling: Sampling, max_new_tokens: int) -> Decoded:

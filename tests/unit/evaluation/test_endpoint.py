@@ -45,6 +45,27 @@ def test_counters_are_read_from_the_page() -> None:
     assert Counters(3, 6, 2, (1, 1)) - Counters() == Counters(3, 6, 2, (1, 1))
 
 
+def test_sglang_counts_its_passes_alone() -> None:
+    page = """# TYPE sglang:spec_verify_calls_total counter
+sglang:spec_verify_calls_total{engine_type="unified",model_name="m"} %d
+sglang:spec_num_draft_tokens{engine_type="unified",model_name="m"} 4.0
+sglang:spec_accept_length{model_name="m"} 2.5
+"""
+    before, after = (read_counters(page % calls) for calls in (40, 47))
+    assert before is not None
+    assert after is not None
+    assert (after.drafts, after.drafted, after.accepted_told) == (47, 141, False)
+    # 7 passes of 3 drafted tokens wrote 19 of an answer's 20 tokens: 12 were accepted
+    counts = count_rounds(rounds_of((after - before).over(20), 20, 7, 70.0))
+    assert (counts.rounds, counts.committed, counts.kept, counts.drafted) == (7, 19, 19, 21)
+    assert counts.acceptance_length == pytest.approx(19 / 7)
+    # no speculation: a pass a token; a server that does not say how many it drafts
+    assert count_rounds(rounds_of(Counters(accepted_told=False).over(5), 5, 7, 1.0)).acceptance_length == 1.0
+    silent = read_counters("sglang:spec_verify_calls_total 7.0\n")
+    assert silent == Counters(7, 0, accepted_told=False)
+    assert count_rounds(rounds_of(silent.over(20), 20, 7, 70.0)).committed == 19
+
+
 def test_rounds_have_the_counters_counts() -> None:
     # 5 drafts of 2: two accepted none, one accepted 1, two accepted 2; committed 5 + 5 = 10
     counters = Counters(5, 10, 5, (3, 2))
