@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -10,8 +11,9 @@ from xml.etree import ElementTree
 import pytest
 from tests.unit.evaluation.synthetic_run import TEXTS, write_synthetic_run
 
+from draftsmith.decoding.trace import Generation, Round
 from draftsmith.evaluation.report import together, views
-from draftsmith.evaluation.report.inputs import load
+from draftsmith.evaluation.report.inputs import Answer, load
 from draftsmith.evaluation.report.report import SECTIONS, verdict, write_report
 from draftsmith.evaluation.summary import Lossless
 from draftsmith.foundation import artefacts
@@ -298,6 +300,32 @@ def test_several_runs_side_by_side(several: tuple[Path, Page]) -> None:
     assert {"speedup", "acceptance-depth", "dev-acceptance", "owners", "time-split"} <= drawn
     assert "run2-loss" not in drawn
     assert "No training curves" in page.texts["curves"]
+
+
+def test_parts_of_a_composition() -> None:
+    def a_round(owners: tuple[int, ...], drafted: tuple[int, ...], reached: int) -> Round:
+        nodes, depth = sum(drafted), len(owners)
+        return Round(0, nodes, reached, depth, depth + 1, depth + 1, owners, 10, 1.0, 1.0, 1.0, drafted)
+
+    rounds = [
+        a_round((0, 1), (3, 1), 2),
+        a_round((), (0, 2), 1),
+        a_round((1, 1, 1), (2, 4), 3),
+        a_round((), (0, 0), 0),  # nothing drafted: no round to share
+    ]
+    answer = Generation(0, list(range(10)), "stop", rounds, 5.0, 20.0)
+    pair = views.Pair(Answer("s", "a", "", 0.0, "both", True, answer, [], [], [], ("math", "chat")), None)
+    math, chat = views.composition_shares(views.Group("s", 0.0, "both", [pair], True))
+    assert math == ("math", pytest.approx(2 / 3), pytest.approx(5 / 12), pytest.approx(1 / 5), pytest.approx(1 / 5))
+    assert chat == ("chat", 1.0, pytest.approx(7 / 12), pytest.approx(4 / 5), pytest.approx(4 / 7))
+    # traces from before nodes were told apart: only who was accepted is known
+    old = replace(answer, rounds=[replace(r, drafted=()) for r in rounds])
+    told = views.Group("s", 0.0, "both", [replace(pair, answer=replace(pair.answer, generation=old))], True)
+    assert [share[1:] for share in views.composition_shares(told)] == [(None, None, 0.2, None), (None, None, 0.8, None)]
+    alone = replace(
+        pair, answer=replace(pair.answer, members=(), drafters="eagle3", generation=replace(old, rounds=[]))
+    )
+    assert views.composition_shares(views.Group("s", 0.0, "eagle3", [alone], False)) == []
 
 
 @pytest.mark.filterwarnings("error:constrained_layout not applied")

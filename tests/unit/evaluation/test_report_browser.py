@@ -1,9 +1,13 @@
-"""The report in a real browser: no error in the console, nothing wider than a phone."""
+"""Pages in a real browser: no error in the console, nothing wider than a phone.
+
+`DRAFTSMITH_BROWSER=required`, as CI sets it, makes a missing browser a failure.
+"""
 
 from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,6 +16,8 @@ from pathlib import Path
 import pytest
 from tests.unit.evaluation.synthetic_run import write_synthetic_run
 
+from draftsmith.evaluation.report.flatness import shown, write_flatness_page
+from draftsmith.evaluation.report.inputs import Scored
 from draftsmith.evaluation.report.report import write_report
 
 BROWSER = next((found for n in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(n))), None)
@@ -52,7 +58,7 @@ FRAME = """<!DOCTYPE html>
 
 def open_page(page: Path, width: int, *flags: str) -> tuple[dict[str, object], str]:
     """What the script above measured in a frame of this width, and the browser's log."""
-    assert BROWSER is not None
+    assert BROWSER is not None, "DRAFTSMITH_BROWSER=required, and no Chromium is installed: apt-get install chromium"
     folder = page.parent
     frame = folder / "frame.html"
     frame.write_text(FRAME % (page.name, width), encoding="utf-8")
@@ -64,7 +70,12 @@ def open_page(page: Path, width: int, *flags: str) -> tuple[dict[str, object], s
     return json.loads(html.unescape(found[1])), done.stderr
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed here")
+needs_browser = pytest.mark.skipif(
+    BROWSER is None and os.environ.get("DRAFTSMITH_BROWSER") != "required", reason="no Chromium is installed here"
+)
+
+
+@needs_browser
 @pytest.mark.parametrize("width", [390, 1280])
 def test_page_in_a_browser(tmp_path: Path, width: int) -> None:
     run = write_synthetic_run(tmp_path / "run", drafters=2)
@@ -101,3 +112,15 @@ def test_page_in_a_browser(tmp_path: Path, width: int) -> None:
     assert "CONSOLE" in log
     assert seen["scroll"] != width
     assert seen["wide"] != []
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_page_of_flatness_in_a_browser(tmp_path: Path, width: int) -> None:
+    scores = [Scored(f"{'long' * 20}-{i}", [0.005 * (i + 1)] * 40, [" token"] * 39 + ["x" * 200]) for i in range(9)]
+    page = write_flatness_page(scores, shown(scores), {scores[0].id}, "a corpus", tmp_path / "flat.html")
+    text = page.read_text(encoding="utf-8")
+    page.write_text(text.replace("</body>", MEASURE), encoding="utf-8")
+    found, log = open_page(page, width)
+    assert "CONSOLE" not in log
+    assert (found["scroll"], found["wide"], found["figures"]) == (width, [], 2)

@@ -78,6 +78,23 @@ class Group:
         return max(self.pairs, key=_length)
 
 
+class Share(NamedTuple):
+    """A drafter's part in a composition; what the traces do not tell is None.
+
+    Attributes:
+        rounds: of the rounds that drafted anything, the share with a node of its in the tree.
+        nodes: of the verified nodes, its share.
+        accepted: of the accepted tokens, its share.
+        kept: of its own nodes, the share that was accepted.
+    """
+
+    drafter: str
+    rounds: float | None
+    nodes: float | None
+    accepted: float | None
+    kept: float | None
+
+
 class Missed(NamedTuple):
     """A token that the target had to correct: how often, and how often it was written at all."""
 
@@ -136,6 +153,30 @@ def shade_borders(scores: Sequence[Scored]) -> list[float]:
     if not values:
         return []
     return [values[min(len(values) - 1, int(len(values) * (0.5 + 0.5 * k / SHADES)))] for k in range(SHADES)]
+
+
+def composition_shares(group: Group) -> list[Share]:
+    """Each drafter's part in a group whose answers several drafted; empty where it was one."""
+    names, generations = group.owners, group.generations
+    if len(names) < 2:
+        return []
+    rounds = metrics.routing_shares(generations, len(names))
+    nodes = metrics.nodes_by_owner(generations, len(names))
+    accepted = [sum(depths) for depths in metrics.by_owner(generations, len(names))]
+
+    def part(number: float, whole: float) -> float | None:
+        return number / whole if whole else None
+
+    return [
+        Share(
+            name,
+            rounds[i] if any(nodes) else None,
+            part(nodes[i], sum(nodes)),
+            part(accepted[i], sum(accepted)),
+            part(accepted[i], nodes[i]),
+        )
+        for i, name in enumerate(names)
+    ]
 
 
 def selection_examples(run: Run, each: int = 2) -> list[tuple[bool, float, Scored]]:
