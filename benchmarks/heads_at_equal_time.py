@@ -7,8 +7,8 @@
         --drafters eagle-2=runs/heads/eagle --drafters hass=runs/heads/hass --drafters eagle-3=runs/heads/eagle3
 
 Time is turned into steps first, the heads measured by turns, so that the trainings need no idle machine. `DIR` holds
-`train_math_gsm8k.jsonl`, `train_chat_oasst_prompts.jsonl` and the benchmarks (`data/benchmarks.py`). All heads draft the
-same tree, the engine's default.
+`train_math_gsm8k.jsonl`, `train_chat_oasst_prompts.jsonl` and the benchmarks (`data/benchmarks.py`). All heads draft
+the same tree, the engine's default.
 """
 
 from __future__ import annotations

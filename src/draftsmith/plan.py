@@ -174,7 +174,13 @@ def training(run: Run, probe: bool = False) -> TrainingPlan:
     steps = o.train.steps
     if o.train.epochs is not None:
         epochs = (
-            epoch_plan(lengths, o.train.row_length, o.train.batch_positions, o.train.seed, epoch)
+            epoch_plan(
+                lengths[: o.train.seen(len(lengths), epoch)],
+                o.train.row_length,
+                o.train.batch_positions,
+                o.train.seed,
+                epoch,
+            )
             for epoch in range(o.train.epochs)
         )
         steps = sum(map(len, epochs))

@@ -129,6 +129,18 @@ class SelectOptions(SelectionOptions):
     within_sets: bool = Field(
         default=True, description="rank each set's samples among themselves: a flat domain would crowd out a peaked one"
     )
+    drafter: Path | None = Field(
+        default=None, description="a trained EAGLE-3 head, or its run: draft-aware methods rank by what it lacks"
+    )
+    reference: Path | None = Field(
+        default=None, description="another, trained to its end: what it has and the first lacks can be learned (gap)"
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What is not said changes no result and is in no fingerprint.
+        fields: dict[str, Any] = handler(self)
+        return {n: value for n, value in fields.items() if n not in ("drafter", "reference") or value is not None}
 
 
 class DrafterOptions(Options):

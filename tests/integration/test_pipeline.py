@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from draftsmith import recipe
 from draftsmith.commands import stage as commands
+from draftsmith.data.features import FeatureStore
 from draftsmith.drafters.checkpoint import load_drafter
+from draftsmith.drafters.eagle3 import Eagle3
 from draftsmith.drafters.standalone import Standalone
 from draftsmith.evaluation.summary import read_summary
 from draftsmith.export.adapter import checker, target_card
@@ -22,6 +24,7 @@ from draftsmith.export.validate import check
 from draftsmith.foundation import artefacts
 from draftsmith.foundation.errors import StaleError, UserError
 from draftsmith.pipeline import STAGES
+from draftsmith.selection.samples import Selection
 from draftsmith.target.model import load_target
 from draftsmith.training import trainer
 from tests.integration.command_line import Ended, draftsmith
@@ -517,3 +520,58 @@ def test_an_imported_head_is_trained_further(root: Path, copied: Path, tmp_path:
     assert other.code == 2
     assert "drafter.start" in other.err
     assert "set drafter.draft_vocab_size=64" in other.err
+
+
+def test_selection_by_what_a_drafter_lacks(copied: Path, root: Path) -> None:
+    arguments = ["--run", copied, "--redo", "select.method=disagreement"]
+    refused = draftsmith("select", *arguments)
+    assert (refused.code, "needs a drafter to compare the target with" in refused.err) == (2, True)
+    ended = draftsmith("select", *arguments, f"select.drafter={root / 'run'}")
+    assert ended.code == 0, ended.err
+    # the same by hand, from the distributions themselves
+    target = load_target(str(root / "target"), "float32", "cpu")
+    head = load_drafter(root / "run" / "drafter", target)
+    assert isinstance(head, Eagle3)
+    store = FeatureStore(copied / "scores")
+    chosen = Selection.from_rows(artefacts.read_jsonl(copied / "selection" / "selection.jsonl"))
+    compared = 0
+    for name, score in chosen.scores.items():
+        sample = store[name]
+        mask = sample.mask.tolist()
+        p = target.project(sample.hidden["final"]).softmax(-1)
+        features = head.wants.gather(sample.hidden)
+        assert features is not None
+        lacks = []
+        for t in range(len(mask) - 1):
+            if not mask[t + 1]:
+                continue
+            if not mask[t] or not t:  # an answer's first token is the prefill's: nothing drafts it
+                lacks.append(0.0)
+                continue
+            shown = torch.cat([torch.zeros_like(features[:1]), features[:t]])[None]
+            q = head.observe(head.start(1, 64), sample.ids[None, : t + 1], shown, [t + 1]).log_q[0, 0].exp()
+            lacks.append(1 - float(torch.minimum(p[t, head.vocab.target_ids], q).sum()))
+            compared += 1
+        assert score == pytest.approx(sum(lacks) / len(lacks), abs=2e-3)
+    assert compared > 20
+
+
+def test_training_in_rounds_needs_a_ranking(copied: Path) -> None:
+    options = ["--run", copied, "--redo", "train.rounds=[1,0.5]", "train.steps=null", "train.epochs=2"]
+    ended = draftsmith("train", *options)
+    assert ended.code == 0, ended.err
+    seen = [row for row in artefacts.read_jsonl(copied / "training.jsonl") if "loss" in row]
+    assert len(seen) == artefacts.read_json(copied / "drafter" / "training.json")["steps"]
+    assert draftsmith("select", "--run", copied, "--redo", "select.method=full", "select.ratio=null").code == 0
+    assert draftsmith("features", "--run", copied, "--redo").code == 0
+    refused = draftsmith("train", *options)
+    assert (refused.code, "pruning rounds need ranked samples" in refused.err) == (2, True)
+
+
+def test_the_cost_of_scores_is_said_and_nothing_is_written(root: Path) -> None:
+    before = files(root / "run")
+    ended = draftsmith("score", "--run", root / "run", "--cost")
+    assert ended.code == 0, ended.err
+    assert "its output layer (lm_head)" in ended.out
+    assert "scoring and choosing take" in ended.out
+    assert files(root / "run") == before

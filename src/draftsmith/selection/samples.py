@@ -207,6 +207,24 @@ def select(scored: Sequence[ScoredSample], options: SelectionOptions) -> Selecti
     )
 
 
+def best_first(chosen: Selection, group_of: Mapping[str, str]) -> list[str]:
+    """The kept samples, best first: by how many of their own group (a domain) score higher, so that groups stay mixed.
+
+    Raises:
+        UserError: nothing ranked them (method full).
+    """
+    groups: dict[str, list[str]] = {}
+    for name in chosen.kept:
+        if name not in chosen.scores:
+            raise UserError("pruning rounds need ranked samples: choose by a score (select.method=flatness)")
+        groups.setdefault(group_of[name], []).append(name)
+    place: dict[str, float] = {}
+    for group in groups.values():
+        ranked = sorted(group, key=lambda name: (-chosen.scores[name], name))
+        place |= {name: (above + 0.5) / len(ranked) for above, name in enumerate(ranked)}
+    return sorted(place, key=lambda name: (place[name], name))
+
+
 def _check(scored: Sequence[ScoredSample], options: SelectionOptions) -> None:
     seen: set[str] = set()
     for sample in scored:

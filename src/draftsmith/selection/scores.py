@@ -58,7 +58,9 @@ def _gap(evidence: Evidence) -> Tensor:
 
 def _needed(overlaps: Tensor | None, name: str, what: str) -> Tensor:
     if overlaps is None:
-        raise UserError(f"this score needs {name}: pass {what} to compare the target with")
+        raise UserError(
+            f"this score needs {what} to compare the target with ({name}): in a run, select.drafter or select.reference"
+        )
     return overlaps.float()
 
 

@@ -10,7 +10,7 @@ from draftsmith.stages.reading import (
     select,
     training_source,
 )
-from draftsmith.stages.texts import prompts, read_prompts, regenerate, source
+from draftsmith.stages.texts import prompts, read_prompts, read_samples, regenerate, source
 from draftsmith.stages.training import Training, train, training_of, vocabulary
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "features",
     "prompts",
     "read_prompts",
+    "read_samples",
     "read_selection",
     "regenerate",
     "score",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from draftsmith.data import features as feature_store
 from draftsmith.data.conversations import to_row
@@ -16,14 +18,15 @@ from draftsmith.foundation import artefacts, console, ranks
 from draftsmith.foundation.errors import UserError
 from draftsmith.numerics.distributions import TokenStatistics
 from draftsmith.selection.files import write_scores
-from draftsmith.selection.samples import ScoredSample, Selection, joined
+from draftsmith.selection.samples import ScoredSample, Selection, best_first, joined
 from draftsmith.selection.samples import select as choose
-from draftsmith.selection.scores import SCORES, Evidence, token_scores
+from draftsmith.selection.scores import DRAFT_AWARE, SCORES, Evidence, token_scores
 from draftsmith.stages.texts import Identity, asked_in, made_by, read_answers, read_prompts, read_samples, set_of
 from draftsmith.target.protocol import FeatureSpec
 from draftsmith.target.replay import StoredAnswer
 from draftsmith.training import algorithms
 from draftsmith.training.objectives.base import SampleSource
+from draftsmith.training.overlaps import overlaps_of
 
 if TYPE_CHECKING:
     from draftsmith.pipeline import Run
@@ -59,7 +62,10 @@ def _say_size(run: Run, samples: Sequence[Sample], want: FeatureSpec) -> None:
     console.say(f"{console.count(positions)} positions, about {console.size(size)} on disk")
 
 
-def _scored(run: Run, store: FeatureStore, ids: Sequence[str]) -> list[ScoredSample]:
+def _scored(
+    run: Run, store: FeatureStore, ids: Sequence[str], overlaps: Sequence[Mapping[str, Tensor] | None]
+) -> list[ScoredSample]:
+    """Samples with the method's scores; `overlaps` with the current and the reference drafter, by id."""
     name = run.recipe.select.method
     texts: dict[str, str] = {}
     for c in read_answers(run, "train"):
@@ -73,7 +79,8 @@ def _scored(run: Run, store: FeatureStore, ids: Sequence[str]) -> list[ScoredSam
         scores = {}
         if name in SCORES:
             columns = {column: values[rows] for column, values in sample.statistics.items()}
-            evidence = Evidence(TokenStatistics(**columns, vocab_size=int(store.meta["vocab_size"])))
+            known = [None if found is None else found[i][rows] for found in overlaps]
+            evidence = Evidence(TokenStatistics(**columns, vocab_size=int(store.meta["vocab_size"])), *known)
             scores = {name: token_scores(name, evidence)}
         scored.append(
             ScoredSample(i, int(rows.sum()), len(sample.ids), scores, text=texts.get(i, ""), complete=sample.complete)
@@ -92,7 +99,12 @@ def select(run: Run, out: Path, identity: Identity) -> None:
         groups.setdefault(sets[prompt], []).append(i)
     if not groups:
         raise UserError("there is no training sample to choose from: take more or other training prompts (data.train)")
-    chosen = joined([choose(_scored(run, store, group), run.recipe.select) for group in groups.values()], ids)
+    o = run.recipe.select
+    drafters = [folder if o.method in DRAFT_AWARE else None for folder in (o.drafter, o.reference)]
+    overlaps = [None if folder is None else overlaps_of(folder, run.target, store, ids) for folder in drafters]
+    chosen = joined([choose(_scored(run, store, group, overlaps), o) for group in groups.values()], ids)
+    if known := [artefacts.checksum(algorithms.drafter_in(folder)) for folder in drafters if folder is not None]:
+        identity = {**identity, "drafters": known}
     # a conversation that gave several samples is kept with the first of them
     kept = {*chosen.kept, *(asked[i] for i in chosen.kept)}
     with artefacts.writing(out, "selection", identity) as scratch:
@@ -110,6 +122,15 @@ def select(run: Run, out: Path, identity: Identity) -> None:
 def read_selection(run: Run) -> Selection:
     """The run's selection."""
     return Selection.from_rows(artefacts.read_jsonl(run.path("select") / "selection.jsonl"))
+
+
+def kept_samples(run: Run) -> list[str]:
+    """The samples to train on; best first where training leaves some out as it goes on (`train.rounds`)."""
+    chosen = read_selection(run)
+    if not run.recipe.train.rounds:
+        return list(chosen.kept)
+    sets = {c.id: set_of(c) if run.recipe.select.within_sets else "" for c in read_prompts(run, "train")}
+    return best_first(chosen, {i: sets[prompt] for i in chosen.kept if (prompt := asked_in(i, sets)) is not None})
 
 
 def features(run: Run, out: Path, identity: Identity) -> None:

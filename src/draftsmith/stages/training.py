@@ -19,7 +19,7 @@ from draftsmith.drafters.truncation import made
 from draftsmith.evaluation.replayed import stored_answer
 from draftsmith.foundation import artefacts, console
 from draftsmith.foundation.errors import UserError
-from draftsmith.stages.reading import read_selection, training_source
+from draftsmith.stages.reading import kept_samples, read_selection, training_source
 from draftsmith.stages.texts import Identity, read_samples
 from draftsmith.target.vocabulary import VocabMap
 from draftsmith.training import algorithms
@@ -77,7 +77,7 @@ def training_of(run: Run, vocab: VocabMap, reference: bool = True) -> Training:
     """A run's drafter and what it is trained on, untrained; `reference=False`: train none for it first."""
     o = run.recipe
     source: SampleSource = training_source(run)
-    kept = list(read_selection(run).kept)
+    kept = kept_samples(run)
     dev = _dev(run, source, o.deploy.growth if o.deploy else o.growth)
     head = _fresh(run, vocab, source, kept)
     account, before, judge = Account(), None, None

@@ -82,7 +82,7 @@ def _plans(corpus: Corpus, kept: Sequence[str], o: TrainOptions) -> Iterator[lis
     known = dict(zip(corpus.training.ids, corpus.training.lengths, strict=True))
     lengths = [known[i] for i in kept]
     for epoch in count():
-        plan = epoch_plan(lengths, o.row_length, o.batch_positions, o.seed, epoch)
+        plan = epoch_plan(lengths[: o.seen(len(lengths), epoch)], o.row_length, o.batch_positions, o.seed, epoch)
         yield [sum(lengths[i] for row in rows for i in row) for rows in plan]
 
 

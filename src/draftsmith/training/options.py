@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from draftsmith.foundation.errors import UserError
 from draftsmith.foundation.options import Options
@@ -39,6 +39,11 @@ class TrainOptions(Options):
         default=None, gt=0, description="time box: the number of steps is fixed after three timed ones"
     )
     epochs: int | None = Field(default=None, ge=1, description="how often each sample is seen")
+    rounds: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        default=(),
+        description="pruning while it trains: the share of the samples, those of the best score first, that each epoch "
+        "sees; the last holds on. [1, 0.7, 0.5]: all, then 70 %, then half. Default: all, always",
+    )
     learning_rate: float = Field(default=1e-3, gt=0, description="the largest, after warm-up")
     warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps with a rising learning rate")
     schedule: Literal["cosine", "constant"] = Field(
@@ -89,6 +94,17 @@ class TrainOptions(Options):
         default=0.0, ge=0, lt=1, description="decay of the averaged weights, which are then validated and kept; 0: none"
     )
     seed: int = 0
+
+    def seen(self, samples: int, epoch: int) -> int:
+        """How many of the samples, best first, an epoch (from 0) sees."""
+        share = self.rounds[min(epoch, len(self.rounds) - 1)] if self.rounds else 1.0
+        return max(1, round(share * samples))
+
+    @model_serializer(mode="wrap")
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # What is not said changes no result and is in no fingerprint.
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name != "rounds" or value}
 
     @field_validator("loss", "judge")
     @classmethod

@@ -63,6 +63,7 @@ def train(
 
     Args:
         drafter: a `checkpoint.Saved`, in float32; its parameters that want a gradient are trained.
+        kept: ids; best first where `options.rounds` leaves out the last ones of them.
         objective: gives the terms of the loss.
         log: metrics, a JSON row a step and an evaluation.
         meta: what identifies inputs; the options are added.
@@ -159,7 +160,8 @@ class _Training:
     def plan(self, epoch: int) -> list[list[list[int]]]:
         """An epoch's batches, over all ranks."""
         o = self.options
-        return epoch_plan(self.lengths, o.row_length, o.batch_positions, o.seed, epoch)
+        lengths = self.lengths[: o.seen(len(self.lengths), epoch)]
+        return epoch_plan(lengths, o.row_length, o.batch_positions, o.seed, epoch)
 
     def batches(self, first: int) -> Iterator[list[Any]]:
         """This rank's parts of each step's batch from step `first` on, epoch after epoch."""

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from draftsmith.foundation.errors import UserError
 from draftsmith.foundation.options import validate
 from draftsmith.selection.cleaning import Guard
-from draftsmith.selection.samples import METHODS, ScoredSample, Selection, SelectionOptions, joined, select
+from draftsmith.selection.samples import METHODS, ScoredSample, Selection, SelectionOptions, best_first, joined, select
 from draftsmith.selection.scores import SCORES
 
 
@@ -70,6 +70,24 @@ def test_samples_are_chosen_by_the_mean_or_median_of_their_answer(
     assert set(got.kept) == set(best)
     assert got.thresholds == pytest.approx((min(value[name] for name in best),))
     assert got.scores == pytest.approx(value)
+
+
+def test_best_first_keeps_groups_mixed() -> None:
+    samples = [sample(f"flat{i}", [0.9 - 0.01 * i]) for i in range(6)]
+    samples += [sample(f"peaked{i}", [0.1 + 0.01 * i]) for i in range(3)]
+    chosen = select(samples, SelectionOptions(ratio=1.0))
+    group_of = {one.id: one.id.rstrip("0123456789") for one in samples}
+    order = best_first(chosen, group_of)
+    assert sorted(order) == sorted(chosen.kept)
+    assert [name for name in order if name.startswith("flat")] == [f"flat{i}" for i in range(6)]
+    assert [name for name in order if name.startswith("peaked")] == ["peaked2", "peaked1", "peaked0"]
+    # any first part holds a third of peaked ones, but for rounding
+    for size in range(1, 10):
+        assert abs(sum(name.startswith("peaked") for name in order[:size]) - size / 3) <= 1
+    together = best_first(chosen, dict.fromkeys(group_of, ""))
+    assert together[:6] == [f"flat{i}" for i in range(6)]
+    with pytest.raises(UserError, match="need ranked samples"):
+        best_first(select(samples, SelectionOptions(method="full")), group_of)
 
 
 def test_equal_scores_are_settled_by_id_and_the_kept_stay_in_order() -> None:

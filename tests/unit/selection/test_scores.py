@@ -61,7 +61,7 @@ def test_wrong_names_and_missing_overlaps_are_refused() -> None:
     evidence = evidence_of(torch.randn(3, 9))
     with pytest.raises(UserError, match="no token score is called 'flatnes'; did you mean 'flatness'"):
         token_scores("flatnes", evidence)
-    with pytest.raises(UserError, match="needs overlaps: pass a drafter"):
+    with pytest.raises(UserError, match="needs a drafter to compare the target with"):
         token_scores("disagreement", evidence)
-    with pytest.raises(UserError, match="needs reference_overlaps"):
+    with pytest.raises(UserError, match="needs a reference drafter"):
         token_scores("gap", evidence_of(torch.randn(3, 9), overlaps=torch.rand(3)))

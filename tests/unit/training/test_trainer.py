@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,46 @@ def trained(source: FeatureStore, folder: Path, options: TrainOptions = FAST, **
 def source(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     """Eight answers of 12 tokens."""
     return stored(answered(8, 12), tmp_path_factory.mktemp("trainer"))
+
+
+class Seen:
+    """A store that notes which samples each step is given."""
+
+    def __init__(self, store: FeatureStore) -> None:
+        self.store, self.steps = store, dict[int, list[str]]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def fetch(self, ids: Sequence[str], step: int) -> Any:
+        self.steps[step] = list(ids)
+        return self.store.fetch(ids, step)
+
+
+def test_rounds_leave_out_the_last_samples_epoch_by_epoch(source: FeatureStore, tmp_path: Path) -> None:
+    order = source.ids[::-1]  # best first
+
+    def seen(folder: Path, **more: Any) -> list[list[str]]:
+        made, watched = head(), Seen(source)
+        o = FAST.model_copy(
+            update={"steps": None, "epochs": 4, "rounds": (1.0, 0.5, 0.25), "batch_positions": 32, **more}
+        )
+        o = o.model_copy(update={"row_length": 32})  # one sample a step
+        found = train(made, objective(made, o), watched, order, dev(source), o, folder / "d", folder / "log", {})
+        assert found["steps"] == len(watched.steps)
+        return [ids for _, ids in sorted(watched.steps.items())]
+
+    steps = seen(tmp_path / "rounds")
+    names = [name for ids in steps for name in ids]
+    sizes = [8, 4, 2, 2]
+    assert len(names) == sum(sizes)
+    for epoch, size in enumerate(sizes):
+        part = names[sum(sizes[:epoch]) : sum(sizes[: epoch + 1])]
+        assert set(part) == set(order[:size])
+    # without them every epoch sees everything, in the order in which it always did
+    plain = [name for ids in seen(tmp_path / "plain", rounds=()) for name in ids]
+    assert sorted(plain) == sorted(order * 4)
+    assert plain[:8] == names[:8]
 
 
 def test_the_learning_rate_rises_and_falls() -> None:
