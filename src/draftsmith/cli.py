@@ -474,7 +474,7 @@ def inspect(
 
 @app.command()
 def study(
-    name: Annotated[str, typer.Argument(help="Which study: sfdd or adaspec.")],
+    name: Annotated[str, typer.Argument(help="Which study: sfdd, adaspec or taps.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Options of the preset, dotted: train.epochs=3 seeds=[0,1]")
     ] = None,

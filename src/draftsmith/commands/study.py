@@ -15,6 +15,7 @@ from draftsmith.studies.adaspec import Adaspec, AdaspecOptions
 from draftsmith.studies.grid import Study, StudyOptions
 from draftsmith.studies.probe import Probe
 from draftsmith.studies.sfdd import Sfdd, SfddOptions
+from draftsmith.studies.taps import Taps, TapsOptions
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -31,6 +32,7 @@ class Known:
 STUDIES: Mapping[str, Known] = {
     "sfdd": Known(SfddOptions, Sfdd, Probe),
     "adaspec": Known(AdaspecOptions, Adaspec),
+    "taps": Known(TapsOptions, Taps),
 }
 
 

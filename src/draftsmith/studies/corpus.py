@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from draftsmith.data import benchmarks, regenerate
 from draftsmith.data import features as feature_store
@@ -45,6 +45,17 @@ class DomainOptions(Options):
         default="as-is", description="what is put around a training prompt, as around the benchmark's"
     )
     test: str = Field(description="benchmark, by the name that `bench` knows, or a file")
+    more_tests: tuple[str, ...] = Field(default=(), description="further benchmarks, of as many test answers each")
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        return self.test, *self.more_tests
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # what was made before there were further benchmarks keeps its fingerprint
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if value or name != "more_tests"}
 
 
 DOMAINS = {
@@ -112,6 +123,16 @@ class Corpus:
         return found
 
     @cached_property
+    def test_sets(self) -> dict[tuple[str, str], list[Conversation]]:
+        """Test prompts by domain and benchmark."""
+        found: dict[tuple[str, str], list[Conversation]] = {}
+        for row in artefacts.read_jsonl(self._prompts / "test.jsonl"):
+            domain = str(row["domain"])
+            place = domain, str(row.get("benchmark", self.options.domains[domain].test))
+            found.setdefault(place, []).append(from_row(row))
+        return found
+
+    @cached_property
     def _prompts(self) -> Path:
         o = self.options
         identity = o.model_dump(mode="json", include={"domains", "train", "dev", "test", "longest_prompt", "seed"})
@@ -121,9 +142,11 @@ class Corpus:
                 rows: dict[str, list[dict[str, object]]] = {split: [] for split in SPLITS}
                 for name, domain in o.domains.items():
                     asked = _asked(domain, name, o.train + o.dev, o.longest_prompt, o.seed)
-                    parts = (asked[: o.train], asked[o.train :], _tested(domain, o.test, o.seed))
-                    for split, found in zip(SPLITS, parts, strict=True):
+                    for split, found in zip(SPLITS, (asked[: o.train], asked[o.train :]), strict=False):
                         rows[split] += [{**to_row(c), "domain": name} for c in found]
+                    for test in domain.tests:
+                        more = {"benchmark": test} if test != domain.test else {}
+                        rows["test"] += [{**to_row(c), "domain": name, **more} for c in _tested(test, o.test, o.seed)]
                 for split, asked_rows in rows.items():
                     artefacts.write_jsonl(scratch / f"{split}.jsonl", asked_rows)
         return place
@@ -161,10 +184,10 @@ class Corpus:
         found = []
         for temperature in self.options.temperatures:
             store = self.test_store(temperature)
-            for name, part in self.prompts["test"].items():
+            for (domain, benchmark), part in self.test_sets.items():
                 ids = _known(store, part)
                 answers = [stored_answer(store[i]) for i in ids]
-                found.append(AnswerSet(name, self.options.domains[name].test, temperature, ids, answers))
+                found.append(AnswerSet(domain, benchmark, temperature, ids, answers))
         return found
 
     def test_store(self, temperature: float) -> FeatureStore:
@@ -256,11 +279,11 @@ def _located(file: str) -> str:
     return file
 
 
-def _tested(domain: DomainOptions, count: int, seed: int) -> list[Conversation]:
-    """Test prompts of a domain that ask for `count` answers together."""
+def _tested(benchmark: str, count: int, seed: int) -> list[Conversation]:
+    """Test prompts of a benchmark that ask for `count` answers together."""
     taken: list[Conversation] = []
     left = count
-    for conversation in benchmarks.load_benchmark(domain.test, count, seed):
+    for conversation in benchmarks.load_benchmark(benchmark, count, seed):
         if regenerate.turns(conversation) <= left:
             left -= regenerate.turns(conversation)
             taken.append(replace(conversation, answer=None))

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from draftsmith.data import features as feature_store
-from draftsmith.drafters.checkpoint import load_drafter
+from draftsmith.drafters.checkpoint import Saved, load_drafter
 from draftsmith.drafters.eagle3 import Eagle3, auxiliary_layers, eagle3_options
 from draftsmith.foundation import artefacts, seeding
 from draftsmith.foundation.errors import UserError
@@ -105,22 +106,48 @@ def trained_head(
     Returns:
         the drafter in the target's number format, and what its training cost.
     """
-    head = fresh_head(corpus, vocab, o.seed)
+
+    def begin() -> tuple[Eagle3, Objective]:
+        head = fresh_head(corpus, vocab, o.seed)
+        return head, objective(head) if objective else objective_of(corpus, head, o)
+
+    found, cost = trained(corpus, begin, kept, o, dev, folder, meta, source, o.unroll_steps)
+    assert isinstance(found, Eagle3)
+    return found, cost.model_copy(update={"pass_ratio": pass_ratio(corpus, vocab, o)})
+
+
+def trained(
+    corpus: Corpus,
+    begin: Callable[[], tuple[nn.Module, Objective]],
+    kept: Sequence[str],
+    o: TrainOptions,
+    dev: Dev,
+    folder: Path,
+    meta: dict[str, object],
+    source: SampleSource | None = None,
+    unrolled: int = 1,
+) -> tuple[Saved, TrainingCost]:
+    """Train a drafter of any kind on the kept samples, or go on with it.
+
+    Args:
+        begin: the untrained drafter and what trains it.
+        unrolled: steps that the objective unrolls, for the cost.
+
+    Returns:
+        the drafter in the target's number format, and what its training cost.
+    """
     place, log = folder / "drafter", folder / LOG
     if not (place / artefacts.MANIFEST).is_file():
-        loss = objective(head) if objective else objective_of(corpus, head, o)
-        train(head, loss, source or corpus.training, kept, dev, o, place, log, meta)
+        drafter, loss = begin()
+        train(drafter, loss, source or corpus.training, kept, dev, o, place, log, meta)
     positions = positions_of(corpus, kept, o)
     cost = TrainingCost(
         training_seconds=round(sum(float(row["seconds"]) for row in artefacts.read_jsonl(log) if "loss" in row), 3),
         training_steps=steps_of(corpus, kept, o),
         training_positions=positions,
-        training_cost=positions * o.unroll_steps,
-        pass_ratio=pass_ratio(corpus, vocab, o),
+        training_cost=positions * unrolled,
     )
-    trained = load_drafter(place, corpus.target, checksums=False)
-    assert isinstance(trained, Eagle3)
-    return trained, cost
+    return load_drafter(place, corpus.target, checksums=False), cost
 
 
 def pass_ratio(corpus: Corpus, vocab: VocabMap, o: TrainOptions) -> float:

@@ -12,6 +12,7 @@ from pydantic import Field
 from draftsmith.data.conversations import Conversation
 from draftsmith.decoding.composition import Single
 from draftsmith.decoding.growth import GrowthOptions
+from draftsmith.decoding.trace import Generation
 from draftsmith.drafters.base import Drafter
 from draftsmith.evaluation import metrics
 from draftsmith.evaluation.bench import BenchOptions, bench, results
@@ -90,29 +91,46 @@ def replayed_rows(
         for growth in growths:
             built = growth.build()
             generations = replay(Single(drafter, built), spec, test.answers, device=device)
-            each = [metrics.count([g]) for g in generations]
-            counts = metrics.count(generations)
-            rows.append(
-                Row.model_validate(
-                    {
-                        **common,
-                        "domain": test.domain,
-                        "benchmark": test.benchmark,
-                        "temperature": test.temperature,
-                        "growth": growth.kind,
-                        "node_budget": built.budget,
-                        "acceptance_length": _number(counts.acceptance_length),
-                        "alpha": _number(metrics.adaspec(counts)),
-                        "alpha_by_depth": [_number(a) for a in counts.acceptance_by_depth],
-                        "target_passes": counts.rounds,
-                        "prompts": test.ids,
-                        "committed": [c.committed for c in each],
-                        "rounds": [c.rounds for c in each],
-                        "rejected": [sum(c.offered_at_depth) - sum(c.accepted_at_depth) for c in each],
-                    }
-                )
-            )
+            place = (test.domain, test.benchmark, test.temperature)
+            rows.append(counted_row(common, *place, test.ids, growth.kind, built.budget, generations))
     return rows
+
+
+def counted_row(
+    common: Mapping[str, object],
+    domain: str,
+    benchmark: str,
+    temperature: float,
+    ids: Sequence[str],
+    growth: str,
+    node_budget: int,
+    generations: Sequence[Generation],
+) -> Row:
+    """The row of one test set, from the rounds in which its answers were written or replayed.
+
+    Args:
+        common: the fields that all of the cell's rows share.
+    """
+    each = [metrics.count([g]) for g in generations]
+    counts = metrics.count(generations)
+    return Row.model_validate(
+        {
+            **common,
+            "domain": domain,
+            "benchmark": benchmark,
+            "temperature": temperature,
+            "growth": growth,
+            "node_budget": node_budget,
+            "acceptance_length": _number(counts.acceptance_length),
+            "alpha": _number(metrics.adaspec(counts)),
+            "alpha_by_depth": [_number(a) for a in counts.acceptance_by_depth],
+            "target_passes": counts.rounds,
+            "prompts": ids,
+            "committed": [c.committed for c in each],
+            "rounds": [c.rounds for c in each],
+            "rejected": [sum(c.offered_at_depth) - sum(c.accepted_at_depth) for c in each],
+        }
+    )
 
 
 def timed_rows(

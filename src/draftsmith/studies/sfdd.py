@@ -161,7 +161,7 @@ class Sfdd:
         with console.timed("replaying the test answers"):
             rows = replayed_rows(head, head.device, o.growths, corpus.tests, self.target.spec, common)
         if self._timed(setting):
-            sets = {o.corpus.domains[name].test: part for name, part in corpus.prompts["test"].items()}
+            sets = {benchmark: part for (_, benchmark), part in corpus.test_sets.items()}
             with console.timed("decoding test prompts"):
                 rows = timed_rows(rows, self.target, head, o.growths[0], sets, o.bench, folder)
         if not o.keep_drafters:

@@ -20,7 +20,7 @@ from draftsmith.training.batches import epoch_plan
 from tests.unit.studies.tiny_study import settings, study
 
 ROOT = Path(__file__).resolve().parents[3]
-PRESETS = sorted((ROOT / "studies" / "presets").glob("*.yaml"))
+PRESETS = sorted((ROOT / "studies" / "presets").glob("sfdd-*.yaml"))
 
 
 @pytest.fixture(scope="module")
