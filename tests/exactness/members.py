@@ -29,6 +29,7 @@ COMPOSITIONS = {
     "hedge-best": "route:hedge(half@chain:3,sure@dynamic:7/3/3,poor,pick=best)",
     "concat": "merge:concat(half,sure)",
     "trie": "merge:trie(half,poor,budget=8)",
+    "trie-recent": "merge:trie(half,poor,budget=8,recent=0.8)",
     "trie-ngram": "merge:trie(half,ngram,budget=9)",
     "nested": "merge:trie(route:hedge(poor,sure),ngram@chain:3,budget=11)",
 }

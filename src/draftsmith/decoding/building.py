@@ -97,7 +97,7 @@ class _Builder:
             case "merge:concat":
                 return Merge(parts, "concat")
             case "merge:trie":
-                return Merge(parts, "trie", options.budget, self.costs(spec, parts, options))
+                return Merge(parts, "trie", options.budget, self.costs(spec, parts, options), options.recent)
             case "route:confidence":
                 return ConfidenceRoute(parts)
             case "route:keyword":
@@ -197,7 +197,8 @@ def side_by_side(spec: Combined, parts: Sequence[Composition]) -> Stacked | None
     singles = [part for part in parts if isinstance(part, Single)]
     if spec.kind not in ways or len(singles) < len(parts) or any(p.growth != singles[0].growth for p in singles):
         return None
-    if getattr(spec.options, "profile", None) or not alike([p.drafter for p in singles]):
+    apart = any(getattr(spec.options, name, None) for name in ("profile", "recent"))
+    if apart or not alike([p.drafter for p in singles]):
         return None
     heads = {p.name: p.drafter for p in singles if isinstance(p.drafter, Head)}
     nodes = getattr(spec.options, "budget", None)

@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftsmith.decoding.composition import Hidden, Single, SingleState
+from draftsmith.decoding.composition import Hidden, Single, SingleState, children_of
 from draftsmith.decoding.growth import Growth, Limits
 from draftsmith.decoding.hindsight import Counted, Step, unrolled
-from draftsmith.decoding.routing import children_of
 from draftsmith.decoding.tree import DraftTree
 from draftsmith.drafters.base import Drafter, Frontier, Proposal
 from draftsmith.target.protocol import FeatureSpec

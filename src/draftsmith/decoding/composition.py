@@ -162,3 +162,10 @@ def names_of(parts: Sequence[Composition]) -> tuple[str, ...]:
 def offsets_of(parts: Sequence[Composition]) -> list[int]:
     """The number of each member's first drafter among all."""
     return [sum(len(part.names) for part in parts[:i]) for i in range(len(parts))]
+
+
+def children_of(part: Composition) -> int:
+    """How many of the likeliest tokens a member drafts below one node."""
+    growth = getattr(part, "growth", None)
+    paths = getattr(growth, "paths", None)
+    return max(path[-1] for path in paths) + 1 if paths else int(getattr(growth, "width", 1))

@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 import torch
 
-from draftsmith.decoding.composition import Composition, Seat, Single
+from draftsmith.decoding.composition import Composition, Seat, Single, children_of
 from draftsmith.decoding.hindsight import Counted, accepted_depths, unrolled
-from draftsmith.decoding.routing import Committed, Route, children_of, first_hits
+from draftsmith.decoding.routing import Committed, Route, first_hits
 from draftsmith.foundation import seeding
 
 Scheme = Literal["normal", "hedge"]

@@ -258,10 +258,3 @@ def first_hits(seat: Seat, children: int, committed: Committed) -> list[bool | N
     drafter: Any = seat.part
     ids = drafter.drafter.vocab.to_target(best.indices).masked_fill(best.values == -torch.inf, -1).tolist()
     return [row[0] in own if row else None for row, own in zip(committed, ids, strict=True)]
-
-
-def children_of(part: Composition) -> int:
-    """How many of the likeliest tokens a member drafts below one node."""
-    growth = getattr(part, "growth", None)
-    paths = getattr(growth, "paths", None)
-    return max(path[-1] for path in paths) + 1 if paths else int(getattr(growth, "width", 1))

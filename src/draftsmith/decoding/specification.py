@@ -60,6 +60,12 @@ class TrieOptions(ConfidenceOptions):
     )
     draft_ms: float | None = Field(default=None, ge=0, description="milliseconds of drafting a round, with a profile")
     sequences: int = Field(default=1, ge=1, description="sequences decoded together, with a profile")
+    recent: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="members count by what their claims came to lately, of which each round keeps this much; 0: alike",
+    )
 
 
 class EntropyOptions(ConfidenceOptions):

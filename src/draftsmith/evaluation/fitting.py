@@ -9,11 +9,11 @@ import torch
 
 from draftsmith.decoding.building import Available, build
 from draftsmith.decoding.calibration import Fitted, Surveyed, fitted
-from draftsmith.decoding.composition import Single
+from draftsmith.decoding.composition import Single, children_of
 from draftsmith.decoding.growth import Growth
 from draftsmith.decoding.learned import FEATURES, Survey, SurveyRule
 from draftsmith.decoding.learned import fitted as regressed
-from draftsmith.decoding.routing import Route, children_of
+from draftsmith.decoding.routing import Route
 from draftsmith.drafters.base import Drafter
 from draftsmith.evaluation import metrics
 from draftsmith.evaluation.replayed import replay
