@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -154,9 +155,9 @@ def test_a_time_budget_ends_the_command_with_code_0_and_goes_on(
     preset.write_text(yaml.safe_dump(settings(tmp_path)), encoding="utf-8")
     real = trainer._Training.run
 
-    def ringing(self: trainer._Training, steps: int) -> object:
+    def ringing(self: trainer._Training, *given: Any) -> object:
         signal.raise_signal(signal.SIGALRM)  # as if the time were up now
-        return real(self, steps)
+        return real(self, *given)
 
     def go(budget: str | None) -> str:
         command.study("sfdd", str(preset), tmp_path / "out", [], time_budget=budget, data=None, plan=False, table=False)
