@@ -175,9 +175,7 @@ class _Training:
 
     def fetched(self, rows: Sequence[Sequence[int]], step: int) -> list[Any]:
         own = [[self.kept[i] for i in row] for row in ranks.share(rows)]
-        started = time.perf_counter()
         samples = iter(self.source.fetch([i for row in own for i in row], step))
-        self.account.seconds += time.perf_counter() - started
         filled = [[next(samples) for _ in row] for row in own]
         parts = [filled[n :: self.options.accumulation] for n in range(self.options.accumulation)]
         return [self.objective.collate(part, self.device) for part in parts if part]
@@ -256,14 +254,16 @@ class _Training:
         return int(ranks.first(max(10, max(left, 0.2 * seconds) // step)))
 
     def timed(self) -> tuple[float, float]:
-        """Seconds of a step, the best of three that move nothing (their learning rate is 0), and of an evaluation."""
-        times = []
+        """Seconds of a step with its fetching, the best of three that move nothing (at a learning rate of 0), and of an
+        evaluation."""
+        times: list[float] = []
+        started = time.perf_counter()
         for number, parts in enumerate(self.batches(0)):
-            started = time.perf_counter()
             self.step(parts, number, 0.0)
             times.append(time.perf_counter() - started)
             if number + 1 == PROBE_STEPS:
                 break
+            started = time.perf_counter()
         self.optimiser.state.clear()
         self.weights = self.options.weights.build()
         self.account.resume({})
@@ -282,10 +282,9 @@ class _Training:
             steps = first  # it had ended, but for its artefact
         if judged_first and not first:
             self._judge(rows, 0.0)
-        started = saved = time.perf_counter()
+        started = saved = begun = time.perf_counter()
         with console.progress("training", steps, "steps", done=first) as bar, _terminated() as stop:
             for step, parts in zip(range(first, steps), self.batches(first), strict=False):
-                begun = time.perf_counter()
                 rate = learning_rate(step, steps, self.options)
                 if hasattr(self.weights, "progress"):
                     self.weights.progress = step / steps
@@ -325,6 +324,7 @@ class _Training:
                 if last:
                     self._say_why(step + 1, steps, overdue)
                     break
+                begun = time.perf_counter()  # the next step's samples are fetched from here on
         if ranks.rank() == 0:
             artefacts.write_jsonl(self.log, rows)
         return self.progress
