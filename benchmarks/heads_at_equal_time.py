@@ -17,7 +17,6 @@ import argparse
 import os
 from pathlib import Path
 from statistics import median
-from typing import get_args
 
 import yaml
 
@@ -29,10 +28,17 @@ from draftsmith.data.conversations import Conversation, Message, read_conversati
 from draftsmith.foundation import artefacts, console
 from draftsmith.pipeline import Run
 from draftsmith.training import trainer
-from draftsmith.training.algorithms import TITLES, Kind
 
 HERE = Path(__file__).with_suffix(".yaml")
-KINDS: tuple[Kind, ...] = get_args(Kind)
+# what is trained under each name: options of the recipe
+HEADS: dict[str, list[str]] = {
+    "eagle": ["drafter.kind=eagle"],
+    "hass": ["drafter.kind=hass"],
+    "eagle3": ["drafter.kind=eagle3"],
+    "eagle3-detached": ["drafter.kind=eagle3", "train.detach_steps=true"],
+    "eagle3-checkpointed": ["drafter.kind=eagle3", "train.checkpoint_steps=true"],
+}
+DEFAULT = "eagle,hass,eagle3"
 LONGEST = 600  # characters of a chat prompt
 ROUNDS = 5
 
@@ -53,41 +59,40 @@ def prepare(folder: Path, recipe: Path, overrides: list[str]) -> None:
         run.run(stage)
 
 
-def heads(folder: Path, lengths: dict[str, int] | None = None) -> dict[Kind, tuple[Run, stages.Training]]:
+def heads(folder: Path, steps: dict[str, int]) -> dict[str, tuple[Run, stages.Training]]:
     """Each head, untrained, with the answers and states that all share."""
     shared = opened(folder, None, [])
-    found: dict[Kind, tuple[Run, stages.Training]] = {}
-    for kind in KINDS:
-        steps = lengths[kind] if lengths else 1
-        run = opened(folder, None, [f"drafter.kind={kind}", f"train.steps={steps}"])
+    found: dict[str, tuple[Run, stages.Training]] = {}
+    for name, number in steps.items():
+        run = opened(folder, None, [*HEADS[name], f"train.steps={number}"])
         run.target = shared.target
-        found[kind] = run, stages.training_of(run, stages.vocabulary(run))
+        found[name] = run, stages.training_of(run, stages.vocabulary(run))
     return found
 
 
-def steps(folder: Path, seconds: float) -> None:
+def steps(folder: Path, seconds: float, names: list[str]) -> None:
     """How many steps of each head take so many seconds here: `steps.json`."""
-    times: dict[Kind, list[float]] = {kind: [] for kind in KINDS}
-    made = heads(folder)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    made = heads(folder, dict.fromkeys(names, 1))
     for _ in range(ROUNDS):
-        for kind, (run, t) in made.items():
+        for name, (run, t) in made.items():
             step, _ = trainer.step_seconds(t.head, t.objective, t.source, t.kept, t.dev, run.recipe.train)
-            times[kind].append(step)
-    rows = {kind: {"step_seconds": median(own), "steps": int(seconds / median(own))} for kind, own in times.items()}
+            times[name].append(step)
+    rows = {name: {"step_seconds": median(own), "steps": int(seconds / median(own))} for name, own in times.items()}
     artefacts.write_json(folder / "steps.json", {"seconds": seconds, "heads": rows})
-    table = [[TITLES[k], f"{min(times[k]):.3f}–{max(times[k]):.3f}", str(row["steps"])] for k, row in rows.items()]
+    table = [[name, f"{min(times[name]):.3f}–{max(times[name]):.3f}", str(row["steps"])] for name, row in rows.items()]
     console.table(f"Steps in {seconds:g} s", ["head", "seconds a step", "steps"], table)
 
 
 def train(folder: Path) -> None:
     """Each head for its number of steps; those that are there already are left as they are."""
     plan = artefacts.read_json(folder / "steps.json")
-    lengths = {kind: int(row["steps"]) for kind, row in plan["heads"].items()}
-    for kind, (run, t) in heads(folder, lengths).items():
-        if not (folder / kind / artefacts.MANIFEST).is_file():
-            parts = (t.head, t.objective, t.source, t.kept, t.dev, run.recipe.train, folder / kind)
-            found = trainer.train(*parts, folder / f"{kind}.jsonl", {"features": artefacts.checksum(run.path("score"))})
-            console.say(f"{TITLES[kind]}: dev acceptance length {found['dev_acceptance_length']:.3f}")
+    lengths = {name: int(row["steps"]) for name, row in plan["heads"].items()}
+    for name, (run, t) in heads(folder, lengths).items():
+        if not (folder / name / artefacts.MANIFEST).is_file():
+            parts = (t.head, t.objective, t.source, t.kept, t.dev, run.recipe.train, folder / name)
+            found = trainer.train(*parts, folder / f"{name}.jsonl", {"features": artefacts.checksum(run.path("score"))})
+            console.say(f"{name}: dev acceptance length {found['dev_acceptance_length']:.3f}")
 
 
 def main() -> None:
@@ -97,10 +102,14 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="options of the recipe, dotted (prepare)")
     parser.add_argument("--recipe", type=Path, default=HERE)
     parser.add_argument("--seconds", type=float, default=300.0)
+    parser.add_argument("--heads", default=DEFAULT, help=f"by commas, of {', '.join(HEADS)} (steps)")
     o = parser.parse_args()
-    {"prepare": lambda: prepare(o.folder, o.recipe, o.overrides), "steps": lambda: steps(o.folder, o.seconds)}.get(
-        o.command, lambda: train(o.folder)
-    )()
+    if o.command == "prepare":
+        prepare(o.folder, o.recipe, o.overrides)
+    elif o.command == "steps":
+        steps(o.folder, o.seconds, o.heads.split(","))
+    else:
+        train(o.folder)
 
 
 if __name__ == "__main__":

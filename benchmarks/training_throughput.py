@@ -16,11 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -33,7 +31,6 @@ from draftsmith.data.features import FeatureStore
 from draftsmith.foundation import artefacts, console, provenance
 from draftsmith.target import gguf
 from draftsmith.target.vocabulary import VocabMap
-from draftsmith.training import trainer
 
 WARM = 3
 SHIM = Path(__file__).parent / "peers" / "train_speculators.py"
@@ -90,22 +87,18 @@ def folder_of_target() -> Path:
     return gguf.convert(gguf.smollm2(), gguf.cache_root())
 
 
-def ours(o: argparse.Namespace, out: Path) -> None:
-    """Train with draftsmith in this process."""
-    run = opened(o.run, None, options(o))
-    t = stages.training_of(run, stages.vocabulary(run))
-    scratch, log = o.out / "drafter", o.out / "training.jsonl"
-    for folder in (scratch, artefacts.partial(scratch)):
-        shutil.rmtree(folder, ignore_errors=True)
-    log.unlink(missing_ok=True)
-    trainer.train(t.head, t.objective, t.source, t.kept, t.dev, run.recipe.train, scratch, log, {})
-    rows = [row for row in artefacts.read_jsonl(log) if "loss" in row]
-    steps = [
-        {"seconds": r["seconds"], "positions": r["positions_per_second"] * r["seconds"], "loss": sum(r["loss_by_step"])}
-        for r in rows
-    ]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    artefacts.write_json(out, {"steps": steps, "peak_bytes": peak})
+def ours(o: argparse.Namespace, out: Path) -> list[str]:
+    """The command line that trains with draftsmith, in a copy of the run."""
+    return [sys.executable, "-m", "draftsmith", "train", "--redo", "-C", str(o.out / "run"), *options(o)]
+
+
+def steps_of(o: argparse.Namespace, name: str, out: Path) -> list[dict[str, float]]:
+    """Positions and seconds of each step of the turn that has just ended."""
+    if name == THEIRS:
+        found: list[dict[str, float]] = json.loads(out.read_text())
+        return found
+    rows = [row for row in artefacts.read_jsonl(o.out / "run" / "training.jsonl") if "loss" in row]
+    return [{"seconds": r["seconds"], "positions": r["positions_per_second"] * r["seconds"]} for r in rows]
 
 
 def theirs(o: argparse.Namespace, out: Path) -> list[str]:
@@ -140,34 +133,31 @@ def theirs(o: argparse.Namespace, out: Path) -> list[str]:
     return [str(o.speculators), str(SHIM), str(out), *(f"--{n}={v}" for n, v in named.items()), *flags]
 
 
-def turn(command: Sequence[str], out: Path, log: Path) -> dict[str, float]:
-    """Run one side; positions a second after the warm-up, peak memory, the last loss."""
+def turn(o: argparse.Namespace, name: str, number: int) -> dict[str, float]:
+    """Run one side; positions a second after the warm-up, and the process's largest resident set."""
+    out, log = o.out / f"{name}-{number}.json", o.out / f"{name}.log"
+    command = ours(o, out) if name == OURS else theirs(o, out)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with log.open("a") as told:
-        ended = subprocess.run([*command], env=environment, stdout=told, stderr=told)
-    if ended.returncode:
-        raise SystemExit(f"{command[0]} … failed: see {log}")
-    found = json.loads(out.read_text())
-    steps = found["steps"][WARM:]
-    positions, seconds = (sum(step[name] for step in steps) for name in ("positions", "seconds"))
-    return {
-        "positions_per_second": positions / seconds,
-        "peak_bytes": found["peak_bytes"],
-        "steps": len(found["steps"]),
-    }
+        process = subprocess.Popen(command, env=environment, stdout=told, stderr=told)
+        _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{name} failed: see {log}")
+    steps = steps_of(o, name, out)[WARM:]
+    positions, seconds = (sum(step[key] for step in steps) for key in ("positions", "seconds"))
+    return {"positions_per_second": positions / seconds, "peak_bytes": used.ru_maxrss * 1024, "steps": len(steps)}
 
 
 def compare(o: argparse.Namespace) -> None:
     """By turns, and the table."""
     o.out.mkdir(parents=True, exist_ok=True)
     write_data(o)
-    own = [sys.executable, __file__, *sys.argv[1:], "--one-turn"]
+    shutil.rmtree(o.out / "run", ignore_errors=True)
+    shutil.copytree(o.run, o.out / "run", copy_function=os.link, ignore=shutil.ignore_patterns("training.jsonl"))
     turns: dict[str, list[dict[str, float]]] = {OURS: [], THEIRS: []}
     for number in range(o.rounds):
         for name in (OURS, THEIRS) if number % 2 == 0 else (THEIRS, OURS):
-            out = o.out / f"{name}-{number}.json"
-            command = [*own, str(out)] if name == OURS else theirs(o, out)
-            turns[name].append(turn(command, out, o.out / f"{name}.log"))
+            turns[name].append(turn(o, name, number))
             found = turns[name][-1]
             console.say(f"{name}: {found['positions_per_second']:.0f} positions/s, {console.size(found['peak_bytes'])}")
     speed = {name: median(t["positions_per_second"] for t in own) for name, own in turns.items()}
@@ -192,12 +182,7 @@ def main() -> None:
     parser.add_argument("--row", type=int, default=512)
     parser.add_argument("--unroll", type=int, default=3)
     parser.add_argument("--draft-vocabulary", type=int, default=8192)
-    parser.add_argument("--one-turn", type=Path, help=argparse.SUPPRESS)
-    o = parser.parse_args()
-    if o.one_turn:
-        ours(o, o.one_turn)
-    else:
-        compare(o)
+    compare(parser.parse_args())
 
 
 if __name__ == "__main__":

@@ -1,16 +1,15 @@
-"""`speculators train` on a CPU, run by speculators' own Python: its metrics and its peak memory go into a file as JSON.
+"""`speculators train` on a CPU, run by speculators' own Python; what each step took goes into a file as JSON.
 
     python train_speculators.py OUT.json [arguments of `speculators train`]
 
 speculators 0.9.0 takes for granted that there is an accelerator: three of its names are replaced, none of its sources.
-Beside what it logs itself, a step's positions that are no padding and its seconds, fetching included.
+A step has its positions that are no padding and its seconds, fetching included.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -60,5 +59,4 @@ if __name__ == "__main__":
     try:
         app()
     finally:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        out.write_text(json.dumps({"steps": STEPS, "peak_bytes": peak}))
+        out.write_text(json.dumps(STEPS))

@@ -8,8 +8,8 @@ name unless `redo` is said. One process runs them all; the target is loaded when
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from draftsmith.finish import finish
 from draftsmith.foundation import artefacts, console, ranks
 from draftsmith.foundation.errors import StaleError, UserError
 from draftsmith.recipe import Recipe
+from draftsmith.target import chat
 from draftsmith.target.model import HFTarget, load_target
 
 Status = str
@@ -58,6 +59,7 @@ class Run:
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.recipe = recipe
         self.folder = folder
+        self._whole = True
         if recipe.target.threads:
             torch.set_num_threads(recipe.target.threads)
 
@@ -67,7 +69,21 @@ class Run:
         ranks.join()  # each takes its own device
         with console.timed(f"loading {self.recipe.target.name}"):
             o = self.recipe.target
-            return load_target(o.name, o.dtype, o.device, kernels=o.kernels)
+            target = load_target(o.name, o.dtype, o.device, kernels=o.kernels, whole=self._whole)
+        chat.settle(target.tokenizer, o.template or {})
+        return target
+
+    @contextmanager
+    def states_are_stored(self) -> Iterator[None]:
+        """While the block runs nobody asks the target to read: where it is not loaded yet, it is without its layers."""
+        loaded = "target" in self.__dict__
+        self._whole = loaded
+        try:
+            yield
+        finally:
+            self._whole = True
+            if not loaded:
+                self.__dict__.pop("target", None)
 
     def path(self, stage: str) -> Path:
         """Where a stage's artefact stands."""
@@ -239,7 +255,7 @@ STAGES: Mapping[str, Stage] = {
             "answers",
             "conversations",
             ("prompts",),
-            ("target.name", "target.dtype", "regenerate", "data.keep_answers"),
+            ("target.name", "target.dtype", "target.template", "regenerate", "data.keep_answers"),
             stages.regenerate,
             "the target answers them",
             shared=True,

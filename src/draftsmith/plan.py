@@ -6,6 +6,7 @@ are there three steps are timed.
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import time
@@ -18,15 +19,17 @@ import torch
 
 from draftsmith import stages
 from draftsmith.data.features import FeatureStore
+from draftsmith.drafters.head import HeadOptions, sizes
 from draftsmith.foundation import console, ranks
 from draftsmith.foundation.errors import UserError
 from draftsmith.pipeline import STAGES, Run
+from draftsmith.recipe import Recipe
 from draftsmith.selection.tokens import WeightOptions
 from draftsmith.target import gguf
 from draftsmith.target.protocol import TargetSpec
 from draftsmith.training import algorithms
 from draftsmith.training.batches import epoch_plan
-from draftsmith.training.memory import training_memory
+from draftsmith.training.memory import TrainingMemory, training_memory
 from draftsmith.training.trainer import step_seconds
 
 # Tokens of a made prompt with its template, and of an answer under a cap of 128: measured on the quick start's prompts.
@@ -77,7 +80,7 @@ def show(run: Run, until: str | None = None) -> None:
     store = positions * (4 * hidden * 2 + 37)
     if recipe.features.store != "all":
         store = int(store * kept) if recipe.features.store == "kept" else 0
-    trained = training(run, probe=until == "train")
+    trained = training(run, until == "train", until == "train")
     estimated = trained.seconds or (trained.steps or 0) * 1.0
     seconds = {
         "prompts": 1.0,
@@ -149,26 +152,21 @@ class TrainingPlan:
     seconds: float | None = None
 
 
-def training(run: Run, probe: bool = False) -> TrainingPlan:
-    """What training would take, from the target's configuration; with `probe` three steps are timed, if they can be."""
+def training(run: Run, probe: bool = False, alone: bool = True) -> TrainingPlan:
+    """What training would take, from the target's configuration; with `probe` three steps are timed, if they can be;
+    `alone`: in a process that does nothing else."""
     o = run.recipe
     config, target_parameters = _target(o.target.name)
     spec = TargetSpec(
         o.target.name, "", config.vocab_size, config.hidden_size, config.num_hidden_layers, 1 << 12, (), "bfloat16"
     )
-    kind = o.drafter.kind
-    try:
-        head = algorithms.blank_head(
-            kind, config, spec, min(o.drafter.draft_vocab_size, spec.vocab_size), o.drafter.layers
-        )
-    except ValueError as problem:
-        raise UserError(f"drafter.layers: {problem}") from None
-    parameters = sum(p.numel() for p in head.parameters())
     width = 4 if o.target.dtype == "float32" else 2
-    features = len(head.wants.names) * spec.hidden_size
-    unrolled = algorithms.unrolled(kind, o.train, o.hass)
-    taken = training_memory(head.options, parameters, features, unrolled, o.train, ranks.world(), width)
-    shared = target_parameters * width + (spec.vocab_size * spec.hidden_size * 4 if width == 2 else 0)
+    if o.drafter.kind == "standalone":
+        parameters, taken = _standalone(o, config, spec, width)
+    else:
+        parameters, taken = _head(o, config, spec, width)
+    # training by itself, on stored states, has the embeddings only
+    shared = width * (_embeddings(config) if stages.reads_stored(o) and alone else target_parameters)
     lengths = _kept_lengths(run)
     positions = sum(lengths)
     steps = o.train.steps
@@ -196,7 +194,52 @@ def training(run: Run, probe: bool = False) -> TrainingPlan:
     return replace(found, step_seconds=step, seconds=whole)
 
 
-def check(run: Run, force: bool = False, anew: bool = False) -> None:
+def _head(o: Recipe, config: Any, spec: TargetSpec, width: int) -> tuple[int, TrainingMemory]:
+    """(parameters, memory) of a head."""
+    kind = o.drafter.kind
+    try:
+        head = algorithms.blank_head(
+            kind,
+            config,
+            spec,
+            min(o.drafter.draft_vocab_size, spec.vocab_size),
+            o.drafter.layers,
+            o.drafter.norms or (),
+        )
+    except ValueError as problem:
+        raise UserError(f"drafter.layers: {problem}") from None
+    parameters = sum(p.numel() for p in head.parameters())
+    features = len(head.wants.names) * spec.hidden_size
+    unrolled = algorithms.unrolled(kind, o.train, o.hass)
+    return parameters, training_memory(head.options, parameters, features, unrolled, o.train, ranks.world(), width)
+
+
+def _standalone(o: Recipe, config: Any, spec: TargetSpec, width: int) -> tuple[int, TrainingMemory]:
+    """(parameters that are trained, memory) of a standalone draft: as many layers as it has, one unrolled step each."""
+    s = o.drafter.standalone
+    layers = s.keep_layers if isinstance(s.keep_layers, int) else len(s.keep_layers)
+    if s.folder:
+        config, parameters = _target(s.folder)
+        layers = config.num_hidden_layers
+    else:
+        cut = copy.deepcopy(config)
+        cut.num_hidden_layers = layers
+        if getattr(cut, "layer_types", None):
+            cut.layer_types = cut.layer_types[:layers]
+        parameters = _blank_parameters(cut)
+    if not s.train_embedding:
+        parameters -= _embeddings(config)
+    shape = HeadOptions(**sizes(config, spec, min(o.drafter.draft_vocab_size, spec.vocab_size)))
+    steps = (layers, o.train.checkpoint_steps)
+    return parameters, training_memory(shape, parameters, spec.hidden_size, steps, o.train, ranks.world(), width)
+
+
+def _embeddings(config: Any) -> int:
+    """Numbers of a model's input and output embedding."""
+    return int(config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2))
+
+
+def check(run: Run, force: bool = False, anew: bool = False, alone: bool = True) -> None:
     """Warn where training would need nearly all memory there is; where it is done, only if it is to be done `anew`.
 
     Raises:
@@ -205,7 +248,7 @@ def check(run: Run, force: bool = False, anew: bool = False) -> None:
     try:
         if run.status("train") == "done" and not anew:
             return
-        needed, here = training(run).memory, memory_here()
+        needed, here = training(run, alone=alone).memory, memory_here()
     except (UserError, ValueError):
         return  # a damaged artefact or a wrong option: the stage that meets it says so, and knows whether it matters
     said = f"training would take {console.size(needed)} of memory, and there are {console.size(here)}"
@@ -257,15 +300,23 @@ def _size(name: str) -> tuple[float, int, int]:
 @cache
 def _target(name: str) -> tuple[Any, int]:
     """A target's text configuration and its number of parameters, without its weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     path: str | Path = name
     if name == "smollm2" or name.endswith(".gguf"):
         path = gguf.convert(gguf.smollm2() if name == "smollm2" else Path(name), gguf.cache_root())
     try:
         config = AutoConfig.from_pretrained(path)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        parameters = _blank_parameters(config)
     except (OSError, ValueError) as problem:
         raise UserError(f"{name}: its configuration can't be read: {str(problem).splitlines()[0]}") from problem
-    return config.get_text_config(), sum(p.numel() for p in model.parameters())
+    return config.get_text_config(), parameters
+
+
+def _blank_parameters(config: Any) -> int:
+    """Parameters of a model of this configuration, without making it."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return sum(p.numel() for p in model.parameters())

@@ -19,7 +19,7 @@ from draftsmith.foundation.errors import UserError
 from draftsmith.foundation.options import Options
 from draftsmith.selection.samples import SelectionOptions
 from draftsmith.target.model import Kernels
-from draftsmith.training.algorithms import Kind
+from draftsmith.training.algorithms import Kind, Norm
 from draftsmith.training.dev import DeployOptions
 from draftsmith.training.objectives.eagle import EagleLossOptions
 from draftsmith.training.objectives.hass import HassLossOptions
@@ -40,6 +40,9 @@ class TargetOptions(Options):
         default="plain",
         description="packed: bring half-precision weights into the CPU's order once, not at every pass; faster, for a "
         "second copy of them",
+    )
+    template: dict[str, bool | int | float | str] | None = Field(
+        default=None, description="variables of its chat template, for instance {enable_thinking: false}"
     )
 
     @model_serializer(mode="wrap")
@@ -156,6 +159,12 @@ class DrafterOptions(Options):
     )
     layers: tuple[int, ...] | None = Field(
         default=None, description="auxiliary layers of an eagle3 head; default 2, n//2, n-3, as servers assume"
+    )
+    norms: tuple[Norm, ...] | None = Field(
+        default=None,
+        description="further norms of an eagle3 head: EAGLE-3.1's norm_output (the next step reads normed states) and "
+        "fc_norm (each of the target's states by itself) or norm_before_fc (all together), and norm_before_residual; "
+        "not every server knows each (docs: serving)",
     )
     standalone: StandaloneOptions = Field(
         default=StandaloneOptions(), description="which standalone draft (drafter.kind=standalone)"

@@ -52,7 +52,7 @@ def whole(
         show(run)
         return
     run.refuse_stale(STAGES, redo)
-    check(run, force, anew=bool(redo))
+    check(run, force, anew=bool(redo), alone=False)
     _write_recipe(run)
     run.run_all(redo)
     console.say(f"\nreport:  {folder / finish.REPORT}")

@@ -11,7 +11,7 @@ from draftsmith.stages.reading import (
     training_source,
 )
 from draftsmith.stages.texts import prompts, read_prompts, read_samples, regenerate, source
-from draftsmith.stages.training import Training, train, training_of, vocabulary
+from draftsmith.stages.training import Training, reads_stored, train, training_of, vocabulary
 
 __all__ = [
     "Training",
@@ -24,6 +24,7 @@ __all__ = [
     "read_prompts",
     "read_samples",
     "read_selection",
+    "reads_stored",
     "regenerate",
     "score",
     "select",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ from draftsmith.training.trainer import train as training
 
 if TYPE_CHECKING:
     from draftsmith.pipeline import Run
+    from draftsmith.recipe import Recipe
 
 
 def _dev(run: Run, source: SampleSource, growth: GrowthOptions) -> Dev:
@@ -121,7 +123,7 @@ def _fresh(run: Run, vocab: VocabMap, source: SampleSource, kept: Sequence[str])
     if o.start:
         return _started(run, o.start)
     if o.kind != "standalone":
-        return algorithms.fresh_head(o.kind, run.target, vocab, o.layers, run.recipe.train.seed)
+        return algorithms.fresh_head(o.kind, run.target, vocab, o.layers, run.recipe.train.seed, o.norms or ())
     texts = [source.outline(name) for name in kept[:: max(1, len(kept) // o.standalone.texts)]]
     return made(run.target, vocab, o.standalone, [(text.ids, text.answer_rows) for text in texts])
 
@@ -142,6 +144,17 @@ def _started(run: Run, folder: Path) -> Head:
 
 def train(run: Run, out: Path, identity: Identity) -> None:
     """Train the drafter on what was kept (kind "drafter"), and before it the reference that it is compared with."""
+    with run.states_are_stored() if reads_stored(run.recipe) else nullcontext():
+        _train(run, out, identity)
+
+
+def reads_stored(o: Recipe) -> bool:
+    """Whether training needs no pass of the target. (A standalone draft is made of its layers, and it may read texts
+    that the draft writes.)"""
+    return o.features.store != "online" and o.drafter.kind != "standalone"
+
+
+def _train(run: Run, out: Path, identity: Identity) -> None:
     o = run.recipe
     vocab = vocabulary(run)
     t = training_of(run, vocab)

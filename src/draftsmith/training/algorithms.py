@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,7 +10,7 @@ import torch
 
 from draftsmith.drafters.checkpoint import load_drafter
 from draftsmith.drafters.eagle import Eagle, eagle_options
-from draftsmith.drafters.eagle3 import Eagle3, auxiliary_layers, eagle3_options
+from draftsmith.drafters.eagle3 import Eagle3, Eagle3Options, auxiliary_layers, eagle3_options
 from draftsmith.drafters.head import Head
 from draftsmith.drafters.standalone import Standalone
 from draftsmith.foundation import seeding
@@ -33,6 +34,7 @@ TITLES: dict[Kind, str] = {
     "standalone": "standalone draft",
 }
 Trained = Head | Standalone
+Norm = Literal["norm_output", "fc_norm", "norm_before_fc", "norm_before_residual"]
 
 
 def reads(kind: Kind, layers: tuple[int, ...] | None, spec: TargetSpec) -> FeatureSpec:
@@ -45,7 +47,12 @@ def reads(kind: Kind, layers: tuple[int, ...] | None, spec: TargetSpec) -> Featu
 
 
 def blank_head(
-    kind: Kind, config: Any, spec: TargetSpec, draft_vocab_size: int, layers: tuple[int, ...] | None
+    kind: Kind,
+    config: Any,
+    spec: TargetSpec,
+    draft_vocab_size: int,
+    layers: tuple[int, ...] | None,
+    norms: Sequence[Norm] = (),
 ) -> Eagle3 | Eagle:
     """A head without values: its parameters have their shapes and take no memory.
 
@@ -56,7 +63,7 @@ def blank_head(
     with torch.device("meta"):
         shared = torch.empty(0)
         if kind == "eagle3":
-            return Eagle3(eagle3_options(config, spec, draft_vocab_size, layers), vocab, shared)
+            return Eagle3(_with_norms(eagle3_options(config, spec, draft_vocab_size, layers), norms), vocab, shared)
         return Eagle(eagle_options(config, spec, draft_vocab_size), vocab, shared, shared)
 
 
@@ -67,18 +74,33 @@ def unrolled(kind: Kind, o: TrainOptions, hass: HassLossOptions) -> tuple[int, b
     return (hass.steps, hass.checkpoint_steps) if kind == "hass" else (1, False)
 
 
-def fresh_head(kind: Kind, target: HFTarget, vocab: VocabMap, layers: tuple[int, ...] | None, seed: int) -> Head:
+def _with_norms(options: Eagle3Options, norms: Sequence[Norm]) -> Eagle3Options:
+    return options.model_copy(update=dict.fromkeys(norms, True))
+
+
+def fresh_head(
+    kind: Kind,
+    target: HFTarget,
+    vocab: VocabMap,
+    layers: tuple[int, ...] | None,
+    seed: int,
+    norms: Sequence[Norm] = (),
+) -> Head:
     """An untrained head in float32: seeded weights; what it can take over from its target begins as the target's.
 
     Raises:
         ValueError: as `auxiliary_layers`.
+        UserError: `norms` of a head that is no EAGLE-3 head.
     """
+    if norms and kind != "eagle3":
+        raise UserError(f"drafter.norms: only an eagle3 head has such norms, and drafter.kind is {kind}")
     config = target.model.config.get_text_config()
     head: Eagle3 | Eagle
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeding.key("head", seed) % 2**31)
         if kind == "eagle3":
-            head = Eagle3.for_target(eagle3_options(config, target.spec, vocab.size, layers), vocab, target)
+            shape = _with_norms(eagle3_options(config, target.spec, vocab.size, layers), norms)
+            head = Eagle3.for_target(shape, vocab, target)
         else:
             head = Eagle.for_target(eagle_options(config, target.spec, vocab.size), vocab, target)
     if isinstance(head, Eagle3):

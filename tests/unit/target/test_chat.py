@@ -208,3 +208,18 @@ def test_the_pinned_date_is_in_the_digest(monkeypatch: pytest.MonkeyPatch) -> No
     before = template_digest(byte_tokenizer(LLAMA3))
     monkeypatch.setattr(chat, "TODAY", chat.TODAY.replace(year=2023))
     assert template_digest(byte_tokenizer(LLAMA3)) != before
+
+
+def test_a_variable_is_written_into_the_template() -> None:
+    """As if it were given each time: prompts, samples and the digest."""
+    given, plain, settled = ({"enable_thinking": False}, byte_tokenizer(QWEN3), byte_tokenizer(QWEN3))
+    chat.settle(settled, given)
+    assert prompt_ids(settled, TWO_TURNS[:1]) == prompt_ids(plain, TWO_TURNS[:1], given)
+    assert prompt_ids(settled, TWO_TURNS[:1]) != prompt_ids(plain, TWO_TURNS[:1])
+    assert render(settled, TWO_TURNS) == render(plain, TWO_TURNS, given)
+    assert template_digest(settled) != template_digest(plain)
+    known = template_digest(settled)
+    chat.settle(settled, {})
+    assert template_digest(settled) == known
+    with pytest.raises(UserError, match="knows no variable 'thinking_enabled'"):
+        chat.settle(plain, {"thinking_enabled": True})
