@@ -80,12 +80,16 @@ def show(run: Run, until: str | None = None) -> None:
     store = positions * (4 * hidden * 2 + 37)
     if recipe.features.store != "all":
         store = int(store * kept) if recipe.features.store == "kept" else 0
+    written = recipe.regenerate
+    # the target scores its answers as it writes them, unless a server writes or the answers are given
+    scored = written.statistics and written.server is None and not recipe.data.keep_answers
+    scored = scored and recipe.features.store != "all"
     trained = training(run, until == "train", until == "train")
     estimated = trained.seconds or (trained.steps or 0) * 1.0
     seconds = {
         "prompts": 1.0,
         "regenerate": write,
-        "score": read,
+        "score": 1.0 if scored else read,
         "select": 1.0,
         "features": read * kept if recipe.features.store == "kept" else 1.0,
         "train": recipe.train.seconds or estimated,

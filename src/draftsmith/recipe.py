@@ -121,8 +121,8 @@ class FeatureOptions(PassOptions):
 
     store: Literal["all", "kept", "online"] = Field(
         default="all",
-        description="all: one pass for scores and features; kept: score first, features only of what is kept; online: "
-        "nothing is stored, the target reads as training goes on",
+        description="all: one pass for scores and features; kept: features only of what is kept, scores as the target "
+        "writes or by a pass of their own; online: nothing is stored, the target reads as training goes on",
     )
 
 

@@ -402,9 +402,8 @@ def test_features_of_what_is_kept_train_the_same_drafter(root: Path, tmp_path: P
     for store, run in runs.items():
         run.mkdir()
         shutil.copytree(root / "run" / "prompts", run / "prompts")
-        shutil.copytree(root / "run" / "answers", run / "answers")
-        options = [f"features.store={store}", "features.batch_positions=1"]
-        for stage in ("score", "select", "features", "train"):
+        options = [f"features.store={store}", "features.batch_positions=1", "regenerate.statistics=false"]
+        for stage in ("regenerate", "score", "select", "features", "train"):
             ended = draftsmith(stage, "--run", run, "--recipe", root / "recipe.yaml", *options)
             assert ended.code == 0, ended.err
     kept = [
@@ -418,6 +417,32 @@ def test_features_of_what_is_kept_train_the_same_drafter(root: Path, tmp_path: P
     sums = {store: checksums(run) for store, run in runs.items()}
     assert sums["all"]["select"] == sums["kept"]["select"]
     assert sums["all"]["train"] == sums["kept"]["train"]
+
+
+def test_what_was_scored_while_it_was_written_is_not_read_again(root: Path, copied: Path) -> None:
+    """The same samples are kept as by a pass over the texts, and the same vocabulary is drafted."""
+    passed = FeatureStore(root / "run" / "scores")
+    ended = draftsmith("score", "--run", copied, "--redo", "features.store=kept")
+    assert ended.code == 0, ended.err
+    assert "there is nothing to read" in ended.out + ended.err
+    seen = FeatureStore(copied / "scores")
+    assert seen.ids == passed.ids
+    for sample in seen:
+        rows = sample.answer_rows
+        assert rows.any()
+        assert not sample.hidden
+        for name, column in passed[sample.id].statistics.items():
+            torch.testing.assert_close(sample.statistics[name][rows], column[rows], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen.expected(), passed.expected(), rtol=1e-4, atol=1e-6)
+    for stage in ("select", "features", "train"):
+        ended = draftsmith(stage, "--run", copied, "--redo", "features.store=kept")
+        assert ended.code == 0, ended.err
+    kept, wanted = (
+        Selection.from_rows(artefacts.read_jsonl(run / "selection" / "selection.jsonl")).kept
+        for run in (copied, root / "run")
+    )
+    assert kept == wanted
+    assert set(FeatureStore(copied / "features").ids) == {*kept, *(i for i in passed.ids if "/dev/" in i)}
 
 
 @pytest.fixture

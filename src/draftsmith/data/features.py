@@ -20,13 +20,14 @@ from pydantic import Field
 from torch import Tensor
 
 from draftsmith.data.samples import Sample
+from draftsmith.data.watched import Watched
 from draftsmith.foundation import artefacts, console, ranks
 from draftsmith.foundation.errors import UserError
 from draftsmith.foundation.options import Options
 from draftsmith.numerics.distributions import COLUMNS as STATISTICS
 from draftsmith.numerics.distributions import statistics
 from draftsmith.target.model import HFTarget
-from draftsmith.target.protocol import FeatureSpec, Layer
+from draftsmith.target.protocol import FeatureSpec, Layer, TargetSpec
 
 KIND = "features"
 
@@ -96,19 +97,7 @@ def store(
     Raises:
         UserError: there are no samples.
     """
-    if not samples:
-        raise UserError("there is nothing to read: no conversation has an answer that fits the target's positions")
-    identity = {
-        **meta,
-        "target": target.spec.fingerprint,
-        "vocab_size": target.spec.vocab_size,
-        "hidden_size": target.spec.hidden_size,
-        "layers": [str(name) for name in want.names],
-        "dtype": target.spec.dtype,
-        "pass": options.model_dump(mode="json"),
-        "samples": len(samples),
-        "positions": sum(len(s.ids) for s in samples),
-    }
+    identity = {**_identity(target.spec, samples, want, meta), "pass": options.model_dump(mode="json")}
     batches = plan([len(s.ids) for s in samples], options.batch_positions)
     with artefacts.writing(out, KIND, identity, resume=True, together=True) as scratch:
         shards = [(batch, scratch / f"shard-{number:05d}.safetensors") for number, batch in enumerate(batches)]
@@ -126,6 +115,48 @@ def store(
         if ranks.rank() == 0:
             artefacts.write_jsonl(scratch / "index.jsonl", (row for _, row in sorted(index, key=lambda item: item[0])))
     return out
+
+
+def store_watched(
+    spec: TargetSpec, samples: Sequence[Sample], seen: Watched, out: Path, meta: Mapping[str, object]
+) -> Path:
+    """A store of statistics alone, out of what was seen while the target wrote (kind "features"): nothing is read.
+
+    Rows that are about no answer token hold zeros.
+
+    Raises:
+        UserError: there are no samples.
+    """
+    with artefacts.writing(out, KIND, _identity(spec, samples, FeatureSpec(), meta)) as scratch:
+        tensors = {
+            "ids": torch.tensor([i for s in samples for i in s.ids], dtype=torch.int32),
+            "mask": torch.tensor([m for s in samples for m in s.mask], dtype=torch.bool),
+            "expected": seen.expected,
+        }
+        written = torch.cat([torch.tensor([*s.mask[1:], False]) for s in samples])
+        for name in STATISTICS:
+            known = torch.cat([seen.columns[s.id][name] for s in samples])
+            tensors[name] = torch.zeros(len(written), dtype=known.dtype).masked_scatter(written, known)
+        artefacts.save_tensors(scratch / "shard-00000.safetensors", tensors)
+        artefacts.write_jsonl(scratch / "index.jsonl", ({**row, "shard": 0} for row in placed(samples)))
+    return out
+
+
+def _identity(
+    spec: TargetSpec, samples: Sequence[Sample], want: FeatureSpec, meta: Mapping[str, object]
+) -> dict[str, object]:
+    if not samples:
+        raise UserError("there is nothing to read: no conversation has an answer that fits the target's positions")
+    return {
+        **meta,
+        "target": spec.fingerprint,
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden_size,
+        "layers": [str(name) for name in want.names],
+        "dtype": spec.dtype,
+        "samples": len(samples),
+        "positions": sum(len(s.ids) for s in samples),
+    }
 
 
 def placed(samples: Sequence[Sample]) -> list[dict[str, object]]:

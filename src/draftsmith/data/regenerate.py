@@ -15,6 +15,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from draftsmith.data import watched
 from draftsmith.data.conversations import Answer, Conversation, Message, from_row, to_row
 from draftsmith.data.replies import Asked, Tally
 from draftsmith.data.served import ServerOptions
@@ -29,6 +30,7 @@ from draftsmith.target.sampling import Sampling, Written, write
 KIND = "conversations"
 FILE = "conversations.jsonl"
 QUARANTINE = "quarantine.jsonl"
+STATISTICS = "statistics.safetensors"
 
 
 class RegenerateOptions(Options):
@@ -40,6 +42,11 @@ class RegenerateOptions(Options):
     batch: int = Field(default=64, ge=1, description="prompts decoded together")
     sampling: Sampling = Field(default=Sampling(), description="greedy by default")
     server: ServerOptions | None = Field(default=None, description="a server of the same target writes them instead")
+    statistics: bool = Field(
+        default=True,
+        description="keep flatness and the other statistics of each token as it is written, so that scores need no "
+        "pass of their own; a server gives none",
+    )
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,7 @@ def regenerate(
     out: Path,
     meta: dict[str, object],
     on_tokens: Callable[[int], None] | None = None,
+    counted: Callable[[str], bool] = lambda _: True,
 ) -> Path:
     """Write answers to all conversations' user turns into the artefact `out` (kind "conversations").
 
@@ -83,6 +91,7 @@ def regenerate(
     Args:
         meta: what else identifies the result (the prompts' fingerprint); target, template and options are added.
         on_tokens: called with the number of tokens just written.
+        counted: over these rows (by id) the tokens that the target was expected to write are summed up.
 
     Raises:
         UserError: the target has no chat template, two rows would have one id, or no conversation can be answered.
@@ -97,7 +106,7 @@ def regenerate(
     if twice := [name for name, count in Counter(order).items() if count > 1]:
         raise UserError(f"two answers would be called {twice[0]!r}: give the conversations other ids")
     with artefacts.writing(out, KIND, identity, resume=True, together=True) as scratch:
-        writer = _Writer(target, options, scratch / artefacts.WORK, on_tokens)
+        writer = _Writer(target, options, scratch / artefacts.WORK, on_tokens, counted)
         for turn in range(max(map(turns, conversations), default=0)):
             writer.write_turn(plan(conversations, turn), turn)
         if not writer.written:
@@ -110,7 +119,10 @@ def regenerate(
 
 
 def _finish(writer: _Writer, order: Sequence[str], scratch: Path, out: Path) -> None:
-    artefacts.write_jsonl(scratch / FILE, (to_row(writer.written[i]) for i in order if i in writer.written))
+    names = [i for i in order if i in writer.written]
+    artefacts.write_jsonl(scratch / FILE, (to_row(writer.written[i]) for i in names))
+    if writer.watches:
+        watched.load(writer.batches).save(scratch / STATISTICS, names)
     if writer.refused:
         rows = [{"id": name, "reason": reason} for name, reason in writer.refused.items()]
         artefacts.write_jsonl(scratch / QUARANTINE, rows)
@@ -126,13 +138,29 @@ def read(folder: Path, expect: Mapping[str, object] | None = None) -> list[Conve
     return [from_row(row) for row in artefacts.read_jsonl(folder / FILE)]
 
 
+def read_statistics(folder: Path) -> watched.Watched | None:
+    """What was seen of each answer while the target wrote it; None where that was not kept."""
+    path = folder / STATISTICS
+    if not path.is_file():
+        return None
+    return watched.load([(path, [str(row["id"]) for row in artefacts.read_jsonl(folder / FILE)])])
+
+
 class _Writer:
     """What a regeneration has written so far, by row id, and what it had to set aside."""
 
     def __init__(
-        self, target: HFTarget, options: RegenerateOptions, folder: Path, on_tokens: Callable[[int], None] | None
+        self,
+        target: HFTarget,
+        options: RegenerateOptions,
+        folder: Path,
+        on_tokens: Callable[[int], None] | None,
+        counted: Callable[[str], bool],
     ) -> None:
         self.target, self.options, self.folder, self.on_tokens = target, options, folder, on_tokens
+        self.counted = counted
+        self.watches = options.statistics and options.server is None
+        self.batches: list[tuple[Path, list[str]]] = []
         self.written: dict[str, Conversation] = {}
         self.refused: dict[str, str] = {}
         self.tally = Tally()
@@ -159,7 +187,8 @@ class _Writer:
                 rows = []
                 asked = [prompts[job.id][1] for job in batch]
                 names = [job.id for job in batch]
-                for event in self._events(asked, names):
+                watch = watched.Watch(names, self.counted) if self.watches else None
+                for event in self._events(asked, names, watch):
                     if isinstance(event, Written):
                         rows.append(self._answered(batch[event.row], *prompts[names[event.row]], event))
                         answers += 1
@@ -170,16 +199,21 @@ class _Writer:
                         if self.on_tokens:
                             self.on_tokens(event)
                 rows.sort(key=lambda c: c.id)
+                if watch is not None:  # before the answers, which say that the batch is done
+                    watch.save(path.with_suffix(".safetensors"))
                 artefacts.write_jsonl(path, (to_row(c) for c in rows))
         ranks.barrier()  # the next turn reads what all ranks wrote
+        self.batches += [(path.with_suffix(".safetensors"), [job.id for job in batch]) for batch, path in files]
         for _, path in files:
             self.written.update({c.id: c for c in map(from_row, artefacts.read_jsonl(path))})
 
-    def _events(self, asked: Sequence[list[int]], names: Sequence[str]) -> Iterator[Written | int]:
+    def _events(
+        self, asked: Sequence[list[int]], names: Sequence[str], watch: watched.Watch | None
+    ) -> Iterator[Written | int]:
         """Finished answers and counts of tokens, from the target here or from a server."""
         o = self.options
         if o.server is None:
-            yield from write(self.target, asked, names, o.sampling, o.max_new_tokens)
+            yield from write(self.target, asked, names, o.sampling, o.max_new_tokens, watch)
             return
         spec = self.target.spec
         questions = [

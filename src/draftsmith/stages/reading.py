@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from draftsmith.data import features as feature_store
+from draftsmith.data import regenerate as regeneration
 from draftsmith.data.conversations import to_row
 from draftsmith.data.features import FeatureStore
 from draftsmith.data.online import OnlineSource
@@ -41,7 +42,10 @@ def _reads(run: Run) -> FeatureSpec:
 
 
 def score(run: Run, out: Path, identity: Identity) -> None:
-    """Statistics of every token (kind "features"); with `features.store: all` the hidden states too, in one pass."""
+    """Statistics of every token (kind "features"); with `features.store: all` the hidden states too, in one pass.
+
+    Statistics alone need no pass where they were taken while the target wrote (`regenerate.statistics`).
+    """
     both = run.recipe.features.store == "all"
     read = _reads(run)  # checked here even where they are not read yet
     want = read if both else FeatureSpec()
@@ -51,6 +55,11 @@ def score(run: Run, out: Path, identity: Identity) -> None:
     )
     if total > len(samples):
         console.warn(f"{total - len(samples)} of {total} answers are longer than the target's positions and left out")
+    if not both and (seen := regeneration.read_statistics(run.path("regenerate"))):
+        console.say("scored as the target wrote: there is nothing to read")
+        if ranks.rank() == 0:
+            feature_store.store_watched(run.target.spec, samples, seen, out, identity)
+        return
     _say_size(run, samples, want)
     train = {s.id for s in read_samples(run, "train")}
     feature_store.store(run.target, samples, want, run.recipe.features, out, identity, train.__contains__)

@@ -99,7 +99,12 @@ def regenerate(run: Run, out: Path, identity: Identity) -> None:
         with artefacts.writing(out, regeneration.KIND, identity) as scratch:
             artefacts.write_jsonl(scratch / regeneration.FILE, (to_row(c) for c in asked))
         return
-    regeneration.regenerate(run.target, asked, run.recipe.regenerate, out, identity)
+    train = {c.id for c in read_prompts(run, "train")}
+
+    def counted(row: str) -> bool:
+        return asked_in(row, train) is not None
+
+    regeneration.regenerate(run.target, asked, run.recipe.regenerate, out, identity, counted=counted)
 
 
 def read_answers(run: Run, split: str | None = None) -> list[Conversation]:

@@ -216,10 +216,15 @@ def write(
     requests: Sequence[int | str],
     sampling: Sampling,
     max_new_tokens: int,
+    watch: Callable[[Tensor, Sequence[int], Tensor], None] | None = None,
 ) -> Iterator[Written | int]:
     """Plain batched decoding; rows that have finished leave the batch.
 
     Yields a `Written` for each row when it finishes, and after each pass the number of tokens just written.
+
+    Args:
+        watch: called after each pass with the target's logits `[n, V]` as no processor has seen them, the n rows that
+            they are of, and the tokens `[n]` that were drawn.
 
     Raises:
         UserError: an empty prompt, or one that leaves no room for an answer.
@@ -247,7 +252,10 @@ def write(
         positions = torch.tensor([[lengths[b] + len(texts[b])] for b in alive])
         contexts = [[*prompts[b], *texts[b]] for b in alive] if sampling.path_dependent else None
         names, lasts = [requests[b] for b in alive], [lengths[b] + room[b] - 1 for b in alive]
-        tokens = next_tokens(logits, sampling, names, positions, contexts, lasts)[:, 0].cpu()
+        drawn = next_tokens(logits, sampling, names, positions, contexts, lasts)[:, 0]
+        if watch is not None:
+            watch(logits[:, 0], alive, drawn)
+        tokens = drawn.cpu()
         stay = []
         for i, (b, token) in enumerate(zip(alive, tokens.tolist(), strict=True)):
             texts[b].append(token)

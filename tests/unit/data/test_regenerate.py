@@ -11,11 +11,14 @@ from tests.integration.tiny_folder import write_target
 
 from draftsmith.data import regenerate as regeneration
 from draftsmith.data.conversations import Conversation, Message
+from draftsmith.data.features import FeatureStore, PassOptions, store, store_watched
 from draftsmith.data.regenerate import RegenerateOptions, plan, read, regenerate
+from draftsmith.data.samples import samples_of
 from draftsmith.foundation import artefacts
 from draftsmith.foundation.errors import StaleError, UserError
 from draftsmith.target import chat
 from draftsmith.target.model import HFTarget, load_target
+from draftsmith.target.protocol import FeatureSpec
 from draftsmith.target.sampling import Sampling
 
 GREEDY = RegenerateOptions(max_new_tokens=10, batch=3)
@@ -197,3 +200,47 @@ def test_answers_of_another_target_are_refused(target: HFTarget, tmp_path: Path)
     assert read(out, {"target": target.spec.fingerprint})
     with pytest.raises(StaleError, match="target is"):
         read(out, {"target": "another"})
+
+
+@pytest.mark.parametrize("how", [GREEDY, SAMPLED])
+def test_statistics_taken_while_writing_are_those_of_a_pass_over_the_text(
+    how: RegenerateOptions, target: HFTarget, tmp_path: Path
+) -> None:
+    """Of rows that leave the batch at different times, of several turns, at any temperature."""
+    counted = {"a", "b@2", "e1"}.__contains__
+    place = regenerate(target, ASKED, how, tmp_path / "answers", {}, counted=counted)
+    seen = regeneration.read_statistics(place)
+    assert seen is not None
+    samples = [s for c in read(place) for s in samples_of(c, target.tokenizer)]
+    assert len({sum(s.mask) for s in samples}) > 1
+    own = FeatureStore(store_watched(target.spec, samples, seen, tmp_path / "own", {}))
+    passed = FeatureStore(store(target, samples, FeatureSpec(), PassOptions(), tmp_path / "pass", {}, counted))
+    for sample in samples:
+        known, wanted = own[sample.id], passed[sample.id]
+        assert known.ids.tolist() == sample.ids
+        assert known.mask.tolist() == sample.mask
+        assert known.complete == sample.complete
+        rows = known.answer_rows
+        for name, column in wanted.statistics.items():
+            torch.testing.assert_close(known.statistics[name][rows], column[rows], rtol=1e-4, atol=1e-5)
+            assert not known.statistics[name][~rows].any()
+    torch.testing.assert_close(own.expected(), passed.expected(), rtol=1e-4, atol=1e-6)
+    assert float(own.expected().sum()) == pytest.approx(sum(sum(s.mask) for s in samples if counted(s.id)), rel=1e-5)
+
+
+def test_statistics_survive_a_kill_between_batches(target: HFTarget, tmp_path: Path) -> None:
+    def kill(tokens: int) -> None:
+        if (tmp_path / "killed.partial").exists() and list((tmp_path / "killed.partial").rglob("0-00001.jsonl")):
+            raise Killed
+
+    whole = regenerate(target, ASKED, GREEDY, tmp_path / "whole", {})
+    with pytest.raises(Killed):
+        regenerate(target, ASKED, GREEDY, tmp_path / "killed", {}, on_tokens=kill)
+    again = regenerate(target, ASKED, GREEDY, tmp_path / "killed", {})
+    assert (again / regeneration.STATISTICS).read_bytes() == (whole / regeneration.STATISTICS).read_bytes()
+
+
+def test_statistics_can_be_left_out(target: HFTarget, tmp_path: Path) -> None:
+    without = RegenerateOptions(max_new_tokens=4, batch=3, statistics=False)
+    place = regenerate(target, ASKED[:3], without, tmp_path / "answers", {})
+    assert regeneration.read_statistics(place) is None
