@@ -41,9 +41,11 @@ def cost_of_scores(run: Run) -> None:
         console.say("no training to compare with: train a drafter in this run first")
         return
     chosen = run.seconds().get("select", 0.0)
+    written = (found.scores + found.expected) * sum(sum(s.mask) for s in samples)
     console.say(
         f"training on all samples takes {console.duration(training)}; scoring and choosing take "
-        f"{(found.scores * positions + chosen) / training:.1%} of it where the pass is made for features anyway, "
+        f"{(written + chosen) / training:.1%} of it where the target scores what it writes, "
+        f"{(found.scores * positions + chosen) / training:.1%} where the pass is made for features anyway, "
         f"{((found.plain + found.scores) * positions + chosen) / training:.1%} as a pass of their own"
     )
 
