@@ -22,6 +22,7 @@ from typing import Any
 from draftsmith.evaluation.summary import read_summary
 from draftsmith.foundation.artefacts import write_json
 from draftsmith.target import gguf
+from tests.interop.figures import DOCS, wrapped
 from tests.interop.servers import environment, free_port, listening, llama_cpp, versions
 from tests.interop.test_llama_cpp import VERSION, converted
 
@@ -30,7 +31,6 @@ ENGINES = {
     "drafter": "draftsmith, its tuned tree",
     "chain": "draftsmith, chain of 3",
 }
-DOCS = Path(__file__).parents[2] / "docs"
 BEGINS, ENDS = "<!-- curve -->", "<!-- end of the curve -->"
 REQUESTS = (1, 2, 4, 8, 16)
 
@@ -90,7 +90,7 @@ def curve(given: argparse.Namespace) -> None:
         write_json(DOCS / "concurrency.json", found)
         page = (DOCS / "serving.md").read_text(encoding="utf-8")
         old = page[page.index(BEGINS) : page.index(ENDS)]
-        (DOCS / "serving.md").write_text(page.replace(old, f"{BEGINS}\n{table(found)}\n"), encoding="utf-8")
+        (DOCS / "serving.md").write_text(page.replace(old, f"{BEGINS}\n{table(found)}\n\n"), encoding="utf-8")
 
 
 def table(found: Mapping[str, Any]) -> str:
@@ -111,9 +111,11 @@ def table(found: Mapping[str, Any]) -> str:
     s = found["settings"]
     lines += [
         "",
-        f"(`{s['command']}`, {s['date']}, {s['machine']}; {s['target']}; {s['decoding']}. Tokens per second without "
-        f"→ with speculation in the same engine, and their ratio. Acceptance length at the fewest … the most "
-        f"requests: {lengths}.)",
+        wrapped(
+            f"(`{s['command']}`, {s['date']}, {s['machine']}; {s['target']}; {s['decoding']}. Tokens per second without "
+            "→ with speculation in the same engine, and their ratio. Acceptance length at the fewest … the most "
+            f"requests: {lengths}.)"
+        ),
     ]
     return "\n".join(lines)
 
