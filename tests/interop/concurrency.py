@@ -112,8 +112,8 @@ def table(found: Mapping[str, Any]) -> str:
     lines += [
         "",
         wrapped(
-            f"(`{s['command']}`, {s['date']}, {s['machine']}; {s['target']}; {s['decoding']}. Tokens per second without "
-            "→ with speculation in the same engine, and their ratio. Acceptance length at the fewest … the most "
+            f"(`{s['command']}`, {s['date']}, {s['machine']}; {s['target']}; {s['decoding']}. Tokens per second "
+            "without → with speculation in the same engine, and their ratio. Acceptance length at the fewest … the most "
             f"requests: {lengths}.)"
         ),
     ]
