@@ -113,8 +113,8 @@ def table(found: Mapping[str, Any]) -> str:
         "",
         wrapped(
             f"(`{s['command']}`, {s['date']}, {s['machine']}; {s['target']}; {s['decoding']}. Tokens per second "
-            "without → with speculation in the same engine, and their ratio. Acceptance length at the fewest … the most "
-            f"requests: {lengths}.)"
+            "without → with speculation in the same engine, and their ratio. Acceptance length at the fewest … the "
+            f"most requests: {lengths}.)"
         ),
     ]
     return "\n".join(lines)
