@@ -63,6 +63,28 @@ def lines(
     return Plot(name, title, caption, figure)
 
 
+def ranked(name: str, title: str, caption: str, points: Sequence[Point], x: str, mark: Point | None = None) -> Plot:
+    """A line for each method, from the top down in the order given: `y` with its interval, to the right is more.
+
+    Args:
+        mark: what the others are compared with; a dashed line stands at its place.
+    """
+    import matplotlib
+
+    with matplotlib.rc_context({**STYLE, "axes.grid.axis": "x"}):
+        figure, axes = canvas(0.6 + 0.24 * len(points))
+        if mark is not None:
+            axes.axvline(mark.y, color=MUTED, linewidth=1, linestyle=(0, (4, 3)))
+        for place, point in enumerate(reversed(points)):
+            if point.low is not None and point.high is not None:
+                axes.plot([point.low, point.high], [place, place], color=SERIES[0], linewidth=3, alpha=0.3)
+            axes.plot([point.y], [place], "o", color=SERIES[0])
+        axes.set_yticks(range(len(points)), [point.label for point in reversed(points)])
+        axes.set_ylim(-0.6, len(points) - 0.4)
+        axes.set_xlabel(x)
+    return Plot(name, title, caption, figure)
+
+
 def _interval(axes: object, point: Point, colour: str) -> None:
     if point.low is not None and point.high is not None:
         ends = [point.low, point.high]
