@@ -137,9 +137,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--benchmark", default="gsm8k", help="a benchmark or a jsonl file")
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128, help="of an answer at most")
+    parser.add_argument("--set", action="append", default=[], help="a recipe's option, such as target.kernels=packed")
     parser.add_argument("--out", type=Path, default=Path("decoding-speed"), help="folder of rows and speed.json")
     given = parser.parse_args(arguments)
-    run = opened(given.run, None, [])
+    run = opened(given.run, None, given.set)
     target = run.target
     drafters = {"head": str(given.run), **dict(one.split("=", 1) for one in given.drafter)}
     compositions = composed(target, drafters, given.compose)
@@ -162,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     show(results, splits)
     found = {
         "results": [{**r.model_dump(exclude_none=True), "split": splits.get(r.drafters)} for r in results],
-        "target": f"{target.spec.name} ({target.spec.dtype})",
+        "target": f"{target.spec.name} ({target.spec.dtype}, {target.kernels} kernels)",
         "prompts": f"{given.prompts} of {given.benchmark}, {given.tokens} new tokens at most",
         "provenance": provenance.collect(),
     }

@@ -32,19 +32,20 @@ def best_sizes(values: Tensor, round_ms: Sequence[float] | Tensor) -> Tensor:
     return _rates(values, round_ms).argmax(dim=1)
 
 
-def pays(mass: Tensor, log_q: Tensor, round_ms: Sequence[float] | Tensor, pass_ms: float) -> Tensor:
-    """Whether one more depth may be worth its draft pass in each sequence, `[B]` bool.
-
-    The nodes to expand have path probabilities that sum up to `mass [B]`; what is drafted below them adds no more to
-    the expected tokens than that. It has to make up for the tokens that the pass's time is worth at the rate that the
-    best number of the nodes known so far, `log_q [B, N]`, promises without it.
+def pays(frontier: Tensor, log_q: Tensor, round_ms: Sequence[float] | Tensor, pass_ms: float) -> Tensor:
+    """Whether one more depth may be worth its draft pass in each sequence, `[B]` bool: it is not if the rate would not
+    rise even if each node to expand had a child that is certain.
 
     Args:
+        frontier: `[B, W]` path log probabilities of the nodes to expand, −inf where there is none.
+        log_q: `[B, N]` those of all nodes known so far.
         round_ms: as in `best_sizes`, with the drafting that was done so far.
         pass_ms: milliseconds that the pass adds to a round.
     """
-    values = log_q.sort(dim=1, descending=True).values.exp()
-    return mass >= pass_ms * _rates(values, round_ms).amax(dim=1)
+    costs = torch.as_tensor(round_ms, dtype=torch.float64, device=log_q.device)
+    now = log_q.sort(dim=1, descending=True).values.exp()
+    then = torch.cat([log_q, frontier], 1).sort(dim=1, descending=True).values.exp()
+    return _rates(then, costs + pass_ms).amax(dim=1) > _rates(now, costs).amax(dim=1)
 
 
 def _rates(values: Tensor, round_ms: Sequence[float] | Tensor) -> Tensor:

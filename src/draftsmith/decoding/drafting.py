@@ -30,8 +30,8 @@ class Limits:
 
 
 Worth = Callable[[Tensor, Tensor, int], Tensor]
-"""From the path probabilities' sum over the nodes to expand `[B]`, all nodes' path log probabilities so far `[B, N]`
-and the depth of the former: whether to draft below them, `[B]` bool."""
+"""From the path log probabilities of the nodes to expand `[B, W]` and of all nodes so far `[B, N]`, and the depth of
+the former: whether to draft below them, `[B]` bool."""
 
 
 def dynamic(
@@ -93,8 +93,7 @@ def drafted(
         frontier_tokens = tokens[-1].gather(1, order)
         ended = torch.isin(frontier_tokens, limits.ends)
         if worth:
-            mass = best_scores.masked_fill(ended, -torch.inf).exp().sum(1)
-            going = worth(mass, torch.cat(scores, 1), level)
+            going = worth(best_scores.masked_fill(ended, -torch.inf), torch.cat(scores, 1), level)
             best_scores = best_scores.masked_fill(~going[:, None], -torch.inf)
             # A pass is spared where no sequence goes deeper, at the price of asking the device.
             if not bool((best_scores > -torch.inf).any()):

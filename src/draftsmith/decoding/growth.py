@@ -179,8 +179,8 @@ class DynamicGrowth:
     least_mass: float = 0.0
 
     def grow(self, drafter: Drafter, state: Any, proposal: Proposal, limits: Limits) -> DraftTree:
-        def worth(mass: Tensor, pool: Tensor, level: int) -> Tensor:
-            return mass >= self.least_mass
+        def worth(frontier: Tensor, pool: Tensor, level: int) -> Tensor:
+            return frontier.exp().sum(1) >= self.least_mass
 
         tree = dynamic(drafter, state, proposal, self.depth, self.width, limits, worth if self.least_mass else None)
         return pruned(tree, self.budget, limits.room)
@@ -331,8 +331,8 @@ class CostAwareGrowth:
             spared = torch.as_tensor(self.depth - depth, device=costs.device) * self.pass_ms
             return costs - spared.reshape(-1, 1)
 
-        def worth(mass: Tensor, pool: Tensor, level: int) -> Tensor:
-            return pays(mass, pool, drafted_to(level), self.pass_ms)
+        def worth(frontier: Tensor, pool: Tensor, level: int) -> Tensor:
+            return pays(frontier, pool, drafted_to(level), self.pass_ms)
 
         tree = dynamic(drafter, state, proposal, self.depth, self.width, limits, worth if self.pass_ms else None)
         known = (tree.log_q > -torch.inf) & (tree.depths <= limits.room[:, None])
