@@ -65,7 +65,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = benching.bench(run.target, made, sets, options, out)
         found += [{"set": name, "batch": batch, **compared(rows, name, list(growths))} for name in sets]
     show(found)
-    facts = {"target": f"{run.target.spec.name} ({run.target.spec.dtype}, {run.target.kernels} kernels)", "profile": str(given.profile)}
+    facts = {
+        "target": f"{run.target.spec.name} ({run.target.spec.dtype}, {run.target.kernels} kernels)",
+        "profile": str(given.profile),
+    }
     artefacts.write_json(given.out / "cost-aware.json", {"results": found, **facts, "provenance": provenance.collect()})
     console.say(f"numbers: {given.out / 'cost-aware.json'}")
 
