@@ -38,6 +38,7 @@ def command(*arguments: object, processes: int) -> str:
 # a reference of its own, its stored losses, and rows chosen in each sample: none of it depends on who has which rows
 ADASPEC: dict[str, Any] = {
     **PARTS,
+    "regenerate": {**PARTS["regenerate"], "statistics": False},  # so that scores are a pass of their own
     "drafter": {"kind": "standalone", "standalone": {"keep_layers": 2}},
     "train": {
         **PARTS["train"],
@@ -104,18 +105,18 @@ def test_finished_shards_of_a_killed_run_are_kept(runs: tuple[Path, Path, str], 
     """One shard of three is there: two ranks read the others, and the artefact is the same."""
     one = runs[0]
     run = tmp_path / "run"
-    for name in ("prompts", "answers"):
+    for name in ("prompts", "answers", "scores", "selection"):
         (run / name).mkdir(parents=True)
         for file in (one / name).iterdir():
             (run / name / file.name).hardlink_to(file)
     (run / "recipe.yaml").write_bytes((one / "recipe.yaml").read_bytes())
-    scratch = artefacts.partial(run / "scores")
-    shards = sorted((one / "scores").glob("shard-*"))
+    scratch = artefacts.partial(run / "features")
+    shards = sorted((one / "features").glob("shard-*"))
     assert len(shards) > 2
-    meta = artefacts.opened(one / "scores", "features")
+    meta = artefacts.opened(one / "features", "features")
     artefacts.write_json(scratch / artefacts.WORK / "plan.json", {"kind": "features", "meta": meta})
     kept = scratch / shards[1].name
     kept.hardlink_to(shards[1])
-    command("score", "-C", run, processes=2)
-    assert artefacts.checksum(run / "scores") == artefacts.checksum(one / "scores")
-    assert (run / "scores" / kept.name).stat().st_ino == shards[1].stat().st_ino, "it was not read again"
+    command("features", "-C", run, processes=2)
+    assert artefacts.checksum(run / "features") == artefacts.checksum(one / "features")
+    assert (run / "features" / kept.name).stat().st_ino == shards[1].stat().st_ino, "it was not read again"
