@@ -180,8 +180,9 @@ def _by_length(rows: Sequence[Row], accounting: str) -> Table:
         line = [method]
         for t in temperatures:
             for n in lengths:
-                found = acceptance(where(rows, method=method, temperature=t, node_budget=n))
-                line.append("–" if found is None else f"{found.estimate:.3f}")
+                mine = where(rows, method=method, temperature=t, node_budget=n)
+                rounds = sum(sum(r.rounds) for r in mine)
+                line.append(f"{sum(sum(r.committed) for r in mine) / rounds:.3f}" if rounds else "–")
         for t in (t for t in temperatures if t > 0):
             mine = where(rows, method=method, temperature=t, node_budget=lengths[0])
             weights = [float(r.extra.get("overlap_tokens", 0)) for r in mine]
