@@ -23,6 +23,7 @@ from draftsmith.foundation import artefacts, options
 from draftsmith.recipe import DrafterOptions
 from draftsmith.studies import heads
 from draftsmith.studies.corpus import Corpus
+from draftsmith.studies.grid import claimed
 from draftsmith.target.vocabulary import VocabMap
 from draftsmith.training import algorithms, reference
 from draftsmith.training.account import Account
@@ -317,11 +318,15 @@ class School:
         return self.load(place), self._spent(lesson, [place, *before], steps)
 
     def reference(self, lesson: Lesson, dev: Dev, folder: Path | None = None) -> tuple[Path, WithReference, list[Path]]:
-        """A draft that is trained plainly, the training texts with its losses, and the artefacts that this took."""
-        o = self.train_options(lesson)
+        """A draft that is trained plainly, the training texts with its losses, and the artefacts that this took.
+
+        Without a folder it is shared: one command makes it, others that run beside it wait.
+        """
         identity = self._identity(lesson)
         if folder is None:
-            folder = self.shared / f"reference-{lesson.domain}-seed{lesson.seed}-{options.digest(identity)[:8]}"
+            name = f"reference-{lesson.domain}-seed{lesson.seed}-{options.digest(identity)[:8]}"
+            with claimed(self.shared.parent / "locks" / name, wait=True):
+                return self.reference(lesson, dev, self.shared / name)
         source, _ = reference.trained(
             fresh=lambda: self.fresh(lesson.kind, lesson.seed),
             load=lambda place: self.load(place, torch.float32),
@@ -329,7 +334,7 @@ class School:
             source=self.corpus.training,
             kept=self.corpus.groups[lesson.domain],
             dev=dev,
-            options=o,
+            options=self.train_options(lesson),
             folder=folder,
             meta=identity,
         )

@@ -27,7 +27,7 @@ def scatter(name: str, title: str, caption: str, points: Sequence[Point], x: str
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        figure, axes = canvas(3.2)
+        figure, axes = canvas(3.2 + 0.1 * max(0, len(points) - 8))  # a longer legend leaves the points their room
         for number, point in enumerate(points):
             colour = SERIES[number % len(SERIES)]
             _interval(axes, point, colour)
