@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from functools import reduce
@@ -92,6 +93,24 @@ def test_training_on_two_ranks_follows_one_process(runs: tuple[Path, Path, str])
         passes = [found["draft"]["trained"].pop("passes") for found in both if found]
         assert passes[1:] == [2 * count for count in passes[:-1]], "each rank makes a pass of its part"
     assert summaries[0] == summaries[1]
+
+
+@pytest.mark.parametrize("scope", ["micro-batch", "running"])
+def test_rows_are_compared_over_all_ranks(runs: tuple[Path, Path, str], tmp_path: Path, scope: str) -> None:
+    """AdaSPEC's share of rows is one of all ranks' rows; the last step of an epoch leaves a rank without any."""
+    options = ["train.steps=8", "train.reference=ema", "train.weights.name=delta-loss", f"train.weights.scope={scope}"]
+    for processes in (1, 2):
+        copy = tmp_path / str(processes)
+        shutil.copytree(runs[0], copy, ignore=shutil.ignore_patterns("drafter", "training.jsonl"))
+        command("train", "-C", copy, *options, processes=processes)
+    one, two = (artefacts.load_tensors(tmp_path / n / "drafter" / "model.safetensors") for n in "12")
+    for name, value in one.items():
+        if value.is_floating_point():
+            assert (value - two[name]).norm() <= 1e-4 * value.norm(), name
+    logs = [list(artefacts.read_jsonl(tmp_path / n / "training.jsonl")) for n in "12"]
+    for here, there in zip(*logs, strict=True):
+        if "loss" in here:
+            assert there["loss_by_step"] == pytest.approx(here["loss_by_step"], rel=1e-4)
 
 
 def test_only_the_first_rank_speaks(runs: tuple[Path, Path, str]) -> None:

@@ -84,6 +84,40 @@ def first(value: float) -> float:
     return sums([value if rank() == 0 else 0.0])[0]
 
 
+def gathered(values: Tensor | None, label: int, device: object) -> tuple[Tensor, slice, int] | None:
+    """Every rank's `[n]` values, one rank after another; which of them are this rank's; the label that they came with.
+
+    All ranks call it together. One that has nothing to bring (None) gets what the others bring; where nobody brings
+    anything the result is None.
+
+    Args:
+        label: the same on all ranks that bring something.
+        device: where values lie.
+    """
+    if world() == 1:
+        return None if values is None else (values, slice(0, len(values)), label)
+    import torch
+    from torch import distributed
+
+    join()
+    own = torch.tensor([-1 if values is None else len(values), label])
+    told = [torch.empty_like(own) for _ in range(world())]
+    distributed.all_gather(told, own)
+    sizes = [int(size) for size, _ in told]
+    if max(sizes) < 0:
+        return None
+    label = next(int(name) for size, name in told if int(size) >= 0)
+    sent = torch.zeros(max(1, *sizes), dtype=torch.float64, device=str(device))
+    if values is not None:
+        sent[: len(values)] = values
+    received = [torch.empty_like(sent) for _ in sizes]
+    distributed.all_gather(received, sent)
+    parts = [part[: max(size, 0)] for part, size in zip(received, sizes, strict=True)]
+    start = sum(max(size, 0) for size in sizes[: rank()])
+    everyone = torch.cat(parts).to(torch.float32 if values is None else values.dtype)
+    return everyone, slice(start, start + max(sizes[rank()], 0)), label
+
+
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
     """Sum gradients over the ranks, in place and as one message; where no rank has one there is none afterwards."""
     if world() == 1:

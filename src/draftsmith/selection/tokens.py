@@ -16,6 +16,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from draftsmith.foundation import ranks
 from draftsmith.foundation.errors import UserError
 from draftsmith.foundation.options import Options
 
@@ -180,7 +181,7 @@ class DeltaLoss:
 
     Attributes:
         fraction: k, the share of rows that is kept.
-        scope: among which rows: those of the micro-batch (the authors' code), of each sample (eq. 10), or all so far:
+        scope: among which rows: those of the micro-batch (the authors' code) over all ranks, of each sample (eq. 10), or all so far:
             "running" compares with a moving average of the micro-batches' thresholds.
         normalise: see `mask_weights`; eq. 10 is "kept", the code "all".
         keep: "share": the fraction of largest ΔL; "positive": every row with ΔL > 0, however many: k follows the
@@ -223,12 +224,31 @@ class DeltaLoss:
     def __call__(self, losses: Tensor, facts: RowFacts, step: int) -> Tensor:
         own = losses if facts.judged is None else facts.judged
         excess = own.detach() - _needed(facts.reference_losses, "reference_losses").detach()
-        if not len(excess):
-            return uniform_weights(excess)
-        weights = self._mask(excess, facts, step)
+        if self.together:
+            found = ranks.gathered(excess, step, excess.device)
+            assert found is not None
+            everyone, mine, _ = found
+            weights = self._mask(everyone, facts, step)[mine] if len(everyone) else uniform_weights(excess)
+        else:
+            weights = self._mask(excess, facts, step) if len(excess) else uniform_weights(excess)
         if self.survival:
             weights = weights * _needed(facts.survival, "survival").detach().float()
         return weights
+
+    @property
+    def together(self) -> bool:
+        """Whether rows are compared with those of all ranks' parts: the ranks call it in step (`follow`)."""
+        return self.scope != "sample" or self.keep == "positive"
+
+    def follow(self, busy: bool, device: torch.device) -> None:
+        """All ranks, after a part: let those that had one no more wait for each other, and let those without one
+        (`busy` is False) see what the others' rows are compared with."""
+        found = ranks.gathered(None, 0, device)
+        while not busy and found is not None:
+            everyone, _, step = found
+            if len(everyone):
+                self._mask(everyone, RowFacts(), step)
+            found = ranks.gathered(None, 0, device)
 
     @property
     def current(self) -> float:

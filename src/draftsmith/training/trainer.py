@@ -27,6 +27,7 @@ from draftsmith.drafters import checkpoint
 from draftsmith.drafters.checkpoint import Saved
 from draftsmith.foundation import artefacts, console, ranks
 from draftsmith.foundation.errors import UserError
+from draftsmith.selection.tokens import DeltaLoss
 from draftsmith.training import state
 from draftsmith.training.account import Account, Before
 from draftsmith.training.batches import epoch_plan
@@ -194,7 +195,7 @@ class _Training:
             group["lr"] = rate
         counts = self._counts(parts)
         sums: dict[tuple[str, int], Tensor] = {}
-        for part in parts:
+        for part in self._in_step(parts):
             with self._precision():
                 loss = torch.zeros((), device=self.device)
                 for term in self.terms(part, number):
@@ -215,6 +216,17 @@ class _Training:
             for name, parameter in self.parameters.items():
                 self.average[name].lerp_(parameter.detach(), 1 - o.ema)
         return _means(sums, counts)
+
+    def _in_step(self, parts: Sequence[Any]) -> Iterator[Any]:
+        """The parts; where token weights compare rows over ranks, those with fewer parts follow the others."""
+        if ranks.world() == 1 or not getattr(self.weights, "together", False):
+            yield from parts
+            return
+        weights = cast(DeltaLoss, self.weights)
+        for number in range(int(ranks.first(len(parts)))):  # rank 0 has most
+            if number < len(parts):
+                yield parts[number]
+            weights.follow(number < len(parts), self.device)
 
     def terms(self, part: Any, number: int) -> Iterator[StepLosses]:
         """The objective's terms, each with the reference's losses where there is a reference."""
