@@ -181,8 +181,9 @@ class DeltaLoss:
 
     Attributes:
         fraction: k, the share of rows that is kept.
-        scope: among which rows: those of the micro-batch (the authors' code) over all ranks, of each sample (eq. 10), or all so far:
-            "running" compares with a moving average of the micro-batches' thresholds.
+        scope: among which rows: those of the micro-batch (the authors' code), those of each sample (eq. 10), or all so
+            far: "running" compares with a moving average of the micro-batches' thresholds. Micro-batches are those of
+            all ranks together.
         normalise: see `mask_weights`; eq. 10 is "kept", the code "all".
         keep: "share": the fraction of largest ΔL; "positive": every row with ΔL > 0, however many: k follows the
             drafter. `fraction` and `scope` don't count then. "least": the fraction of smallest ΔL, the opposite of
