@@ -43,4 +43,5 @@ def test_everybody_is_measured_and_a_rounds_parts_add_up(tmp_path: Path, capsys:
         whole = sum(found[name][part] for part in ("draft_ms", "verify_ms", "rest_ms"))
         assert whole / 3 < sum(parts) < 3 * whole, "the warm-up is in one of them only"
         assert split["besides"] == pytest.approx((split["commit"] + split["rest"]) / sum(parts))
-    assert "besides" in capsys.readouterr().out
+    # headings may be broken at a terminal's width, names of modes too
+    assert "speed.json" in capsys.readouterr().out.replace("\n", "")
