@@ -34,7 +34,7 @@ def test_the_concurrency_curve_is_the_json() -> None:
         pytest.skip("docs/concurrency.json was not measured (python -m tests.interop.concurrency --docs)")
     found = json.loads(path.read_text(encoding="utf-8"))
     assert concurrency.table(found) in (DOCS / "serving.md").read_text(encoding="utf-8")
-    assert len({row["requests"] for row in found["results"]}) >= 4
+    assert len({row["requests"] for row in found["results"]}) >= 3
 
 
 def test_every_requirement_is_met_by_the_figures() -> None:
